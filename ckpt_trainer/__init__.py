@@ -1,0 +1,22 @@
+"""Activation checkpointing for Hugging Face trainers: the same losses and gradients in less memory."""
+
+from ckpt_trainer.checkpointing import checkpointing
+from ckpt_trainer.plan import Action, Plan
+from ckpt_trainer.trainer import CheckpointedSeq2SeqTrainer, CheckpointedTrainer, CheckpointingMixin
+from ckpt_trainer.training_args import (
+    CheckpointingArguments,
+    CheckpointSeq2SeqTrainingArguments,
+    CheckpointTrainingArguments,
+)
+
+__all__ = [
+    "Action",
+    "CheckpointSeq2SeqTrainingArguments",
+    "CheckpointTrainingArguments",
+    "CheckpointedSeq2SeqTrainer",
+    "CheckpointedTrainer",
+    "CheckpointingArguments",
+    "CheckpointingMixin",
+    "Plan",
+    "checkpointing",
+]

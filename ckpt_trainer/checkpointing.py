@@ -1,0 +1,218 @@
+"""Activation checkpointing of one model while it trains: the plan, what carries it out, and each step under it.
+
+`Checkpointing` is what the trainer holds; `checkpointing` is the same for people with a loop of their own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import CheckpointError
+
+from ckpt_trainer import report
+from ckpt_trainer.blocks import find_blocks, largest_groups
+from ckpt_trainer.flops import FlopCounter
+from ckpt_trainer.gradient_check import GradientCheck
+from ckpt_trainer.install import Installed
+from ckpt_trainer.log import logger
+from ckpt_trainer.plan import Plan, Settings
+from ckpt_trainer.policies import make_plan
+from ckpt_trainer.prepare import (
+    UseCache,
+    input_grads,
+    input_modules,
+    modules_switched_on,
+    modules_with_input_grad_hook,
+    refuse_reentrant,
+    switched_off,
+    without_input_grad_hooks,
+)
+
+
+class Checkpointing:
+    """One model and its plan. Between steps nothing of it is on the model.
+
+    Args:
+        model: The model as it is called in a step: bare, or wrapped by PEFT, DDP, FSDP or a compiler.
+        settings: What was asked for.
+        quiet: Log nothing (all ranks but the first).
+
+    Attributes:
+        blocks: The blocks of the model, in forward order.
+        plan: Their actions.
+        installed: What carries the plan out, with its counts.
+        forward_flops: FLOPs of the first forward, recompute not included; None until it is measured.
+        num_steps: Forward and backward passes done.
+
+    Raises:
+        ValueError: The settings ask for something that this model cannot do.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, quiet: bool = False) -> None:
+        self.model = model
+        self.settings = settings
+        self.blocks = find_blocks(model)
+        self.forward_flops: int | None = None
+        self.num_steps = 0
+        self._use_cache = UseCache(model)
+        self._quiet = quiet
+        self._switched = modules_switched_on(model)
+        if settings.use_reentrant:
+            refuse_reentrant(model)
+        if isinstance(model, nn.DataParallel) and settings != Settings(mode="none"):
+            raise ValueError(
+                "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
+                "single blocks does not survive. Start with `torchrun --nproc_per_node=N` or `accelerate launch`, or "
+                "use one device (CUDA_VISIBLE_DEVICES=0)."
+            )
+        self._find_input_hooks()
+        self._carry_out()
+        self._say(logging.INFO, report.first_line(self.plan, self.blocks, settings))
+        for warning in self._warnings():
+            self._say(logging.WARNING, warning)
+
+    def _find_input_hooks(self) -> None:
+        needless = self.settings.skip_frozen and not self.settings.use_reentrant
+        self._needless_hooks = modules_with_input_grad_hook(self.model) if needless else []
+        always = self.settings.input_grads == "always"
+        self._hooked = input_modules(self.model) if always else []
+
+    def _carry_out(self) -> None:
+        self._trainable = [block.trainable for block in self.blocks]
+        self.plan: Plan = make_plan(self.blocks, self.settings)
+        self.installed = Installed(self.blocks, self.plan, self.settings)
+
+    @property
+    def _cache_wanted(self) -> bool | None:
+        if self.settings.use_cache is None and self.plan.count("recompute"):
+            return False
+        return self.settings.use_cache
+
+    def _warnings(self) -> Iterator[str]:
+        if not self.blocks and self.settings.mode != "none":
+            groups = ", ".join(f"{name} ({num})" for name, num in largest_groups(self.model)) or "none"
+            what = f"found no repeated blocks in {type(self.model).__name__}, so nothing can be recomputed."
+            hint = f"Largest groups of children: {groups}."
+            if self.settings.named:
+                raise ValueError(f"checkpointing_mode={self.settings.mode!r}: {what} {hint}")
+            yield f"{what} {hint} Training goes on without activation checkpointing."
+        if self._switched:
+            yield (
+                f"checkpointing was turned on for {len(self._switched)} modules of the model itself "
+                "(gradient_checkpointing_enable); while training, this plan takes its place."
+            )
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One forward and backward under the plan.
+
+        Raises:
+            CheckpointError: A replay did not match its forward; names the block, likely causes and what to set.
+            RuntimeError: The first backward lost gradients (`checkpointing_self_check`).
+        """
+        if [block.trainable for block in self.blocks] != self._trainable:
+            self._carry_out()
+            self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings))
+        first = self.num_steps == 0
+        with ExitStack() as stack:
+            stack.enter_context(switched_off(self._switched))
+            stack.enter_context(without_input_grad_hooks(self._needless_hooks))
+            stack.enter_context(input_grads(self._hooked))
+            if self._cache_wanted is not None:
+                stack.enter_context(self._use_cache.set_to(self._cache_wanted))
+            if first and len(self.plan):
+                stack.enter_context(self._first_step())
+            stack.enter_context(self.installed)
+            try:
+                yield
+            except CheckpointError as error:
+                raise CheckpointError(report.explain_mismatch(error, self.installed.tally, self.blocks)) from error
+        self.num_steps += 1
+
+    @contextmanager
+    def _first_step(self) -> Iterator[None]:
+        """Measure the forward and check the gradients, once."""
+        with ExitStack() as stack:
+            if not _is_compiled(self.model):
+                stack.enter_context(self._counted_forward())
+            check = stack.enter_context(GradientCheck(self.model)) if self.settings.self_check else None
+            yield
+        if check is not None and (missing := check.missing()):
+            text = report.explain_missing(missing, self.blocks, self.settings)
+            if self.settings.use_reentrant:
+                raise RuntimeError(text)
+            self._say(logging.WARNING, text)
+
+    @contextmanager
+    def _counted_forward(self) -> Iterator[None]:
+        counter = FlopCounter()
+
+        def start(module: nn.Module, args: Any) -> None:
+            if self.installed.counter is None and self.forward_flops is None:
+                self.installed.counter = counter.__enter__()
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            if self.installed.counter is not None:
+                self.forward_flops = counter.total
+                self.installed.counter = None
+                counter.__exit__(None, None, None)
+
+        before = self.model.register_forward_pre_hook(start)
+        # Also after a forward that raised: a mode left on the stack would count for ever.
+        after = self.model.register_forward_hook(stop, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            if self.installed.counter is not None:
+                # torch calls no hook after a KeyboardInterrupt.
+                self.installed.counter = None
+                counter.__exit__(None, None, None)
+
+    def report(self) -> dict[str, Any]:
+        """What was done so far, as plain data; see `report.memory_report`."""
+        return report.memory_report(self.plan, self.blocks, self.installed, self.forward_flops, self.num_steps)
+
+    def _say(self, level: int, text: str) -> None:
+        if not self._quiet:
+            logger.log(level, text)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+
+
+@contextmanager
+def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterator[Checkpointing]:
+    """Activation checkpointing for a training loop of your own.
+
+    ```python
+    with checkpointing(model, mode="full"):
+        for batch in batches:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ```
+
+    Blocks are recomputed where gradients are on; evaluation and `generate` in between run as they always do, under
+    `torch.no_grad`.
+
+    Args:
+        model: Any module with repeated blocks, wrapped (PEFT, DDP, FSDP) or not.
+        mode: As `checkpointing_mode`.
+        flags: The other fields of `Settings`: `modules`, `every_n`, `skip_frozen`, `use_reentrant`, `input_grads`, ...
+
+    Yields:
+        What is in force: its `plan`, and `report()` for what happened under it.
+
+    Raises:
+        ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
+    """
+    state = Checkpointing(model, Settings(mode=mode, named=True, **flags))
+    with state.step():
+        yield state

@@ -1,0 +1,65 @@
+"""After the first backward: has every trainable parameter that took part a gradient?
+
+The reentrant variant loses gradients without a word where a block passes tensors on by other ways than its return
+value. Elsewhere a missing gradient is the model's own doing, and worth a warning: adapters in a part that runs under
+`no_grad` never train.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+
+class GradientCheck:
+    """Watch one forward and backward; enter before it, ask `missing` after it.
+
+    Args:
+        model: The model, wrapped or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = {
+            name: module
+            for name, module in model.named_modules()
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        }
+        self._ran: set[nn.Module] = set()
+        self._reached: set[nn.Parameter] = set()
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> GradientCheck:
+        for module in self._owners.values():
+            self._handles.append(module.register_forward_pre_hook(self._note_run))
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad and parameter.is_leaf:
+                    # A hook and not a look at .grad afterwards: some optimizers step and clear it within backward.
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._reached.add))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _note_run(self, module: nn.Module, args: Any) -> None:
+        self._ran.add(module)
+
+    def missing(self) -> list[str]:
+        """Names of trainable parameters whose module ran and that got no gradient.
+
+        Empty where no parameter got one: then gradients are kept elsewhere (DeepSpeed) and nothing can be said.
+        """
+        entries = [
+            (f"{name}.{key}" if name else key, parameter)
+            for name, module in self._owners.items()
+            if module in self._ran
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        ]
+        lost = [name for name, parameter in entries if parameter not in self._reached and parameter.grad is None]
+        return lost if len(lost) < len(entries) else []

@@ -1,0 +1,231 @@
+"""Replay one block: its forward now without what lies between input and output, and again when backward asks.
+
+This is the only file that calls `torch.utils.checkpoint`. Which blocks are replayed is not its business.
+
+NOTE on exactness. A replay is the same computation on the same values, so that gradients are equal to the last bit, if
+  1. the inputs are the same: every tensor argument, positional, keyword or in a tuple, goes through the checkpoint as a
+     positional argument, so autograd guards it against changes in place and (reentrant) sees where gradients go.
+     Lists, dicts and other objects are handed on as they are: blocks pass values to later blocks through them;
+  2. the random numbers are the same: their state is restored where the block draws any (see `block_state`);
+  3. the buffers are the same: the replay sees those of before the forward and writes to copies, so that running
+     statistics are updated once;
+  4. the precision is the same: torch restores autocast;
+  5. nothing else changed in between. A key/value cache does: a call that gets one is not replayed, and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from ckpt_trainer.block_state import BlockState, Snapshot, buffers_as
+
+
+@dataclass
+class Tally:
+    """What happened to the calls of blocks, counted since it was made.
+
+    Args:
+        calls: Calls by what was done: `recompute`, `no graph` (nothing needs a gradient), `no grad` (gradients are
+            off), or why a call could not be replayed.
+        replays: Replays by block name.
+        last_replayed: Name of the block replayed last; where a replay does not match its forward, this is the block.
+    """
+
+    calls: Counter[str] = field(default_factory=Counter)
+    replays: Counter[str] = field(default_factory=Counter)
+    last_replayed: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How blocks are replayed: the settings that reach down to here.
+
+    Args:
+        use_reentrant: Use torch's reentrant variant.
+        preserve_rng_state: None restores random numbers where a block draws any; True always; False never.
+        require_input_grad: Give the block an input that requires grad even if it got none.
+        options: More keyword arguments for `torch.utils.checkpoint.checkpoint`.
+    """
+
+    use_reentrant: bool = False
+    preserve_rng_state: bool | None = None
+    require_input_grad: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replayable:
+    """A block prepared for replay; call `run` in place of its forward.
+
+    Args:
+        name: Name of the block.
+        parameters: Its parameters.
+        state: Its random sites and buffers.
+        variant: How to replay it.
+        tally: Where calls and replays are counted.
+    """
+
+    name: str
+    parameters: Sequence[nn.Parameter]
+    state: BlockState
+    variant: Variant
+    tally: Tally
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `forward(*args, **kwargs)` so that backward replays it.
+
+        Returns:
+            What `forward` returns, with the same values bit for bit.
+
+        Raises:
+            ValueError: The reentrant variant was asked for and the arguments show that its gradients would be wrong.
+            torch.utils.checkpoint.CheckpointError: In backward, if the replay does not match the forward.
+        """
+        if not torch.is_grad_enabled():
+            return self._plainly("no grad", forward, args, kwargs)
+        if torch.compiler.is_compiling():
+            # The compiler replays as it traces; it takes care of random numbers and allows none of the bookkeeping.
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if any(_is_cache(value) for value in (*args, *kwargs.values())):
+            return self._plainly("got a key/value cache", forward, args, kwargs)
+        tensors: list[Tensor] = []
+        args, kwargs = _lift(args, tensors), {key: _lift(value, tensors) for key, value in kwargs.items()}
+        trainable = any(parameter.requires_grad for parameter in self.parameters)
+        if self.variant.require_input_grad or (self.variant.use_reentrant and trainable):
+            _require_grad_of_one(tensors)
+        if not trainable and not any(tensor.requires_grad for tensor in tensors):
+            self.tally.calls["no graph"] += 1
+            return forward(*_fill(args, tensors), **_fill_each(kwargs, tensors))
+        self.tally.calls["recompute"] += 1
+        return self._checkpointed(_Call(self, forward, args, kwargs), tensors)
+
+    def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.tally.calls[why] += 1
+        return forward(*args, **kwargs)
+
+    def _checkpointed(self, call: _Call, tensors: list[Tensor]) -> Any:
+        keep = self.variant.preserve_rng_state
+        if keep is None:
+            keep = not self.state.watched or self.state.draws_random_numbers()
+        if not self.variant.use_reentrant:
+            return checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=keep, **self.variant.options)
+        _refuse_side_channels(self.name, (*call.args, *call.kwargs.values()))
+        flat = _FlatCall(call)
+        outputs = checkpoint(flat, *tensors, use_reentrant=True, preserve_rng_state=keep)
+        return flat.rebuild(outputs)
+
+
+class _Call:
+    """One call of one block: the first time it runs is the forward, every later time a replay."""
+
+    def __init__(
+        self, block: Replayable, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.block = block
+        self.forward = forward
+        self.args = args
+        self.kwargs = kwargs
+        self.before: Snapshot | None = None
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        args, kwargs = _fill(self.args, tensors), _fill_each(self.kwargs, tensors)
+        if self.before is None:
+            return self._first(tensors, args, kwargs)
+        self.block.tally.replays[self.block.name] += 1
+        self.block.tally.last_replayed = self.block.name
+        with buffers_as(self.before):
+            return self.forward(*args, **kwargs)
+
+    def _first(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = self.block.state
+        snapshot = state.snapshot()
+        device = tensors[0].device if tensors else torch.device("cpu")
+        with nullcontext() if state.watched else state.watch(snapshot, device):
+            output = self.forward(*args, **kwargs)
+        self.before = state.needed(snapshot)
+        return output
+
+
+class _FlatCall:
+    """A call whose output is a flat tuple of tensors, which is all that the reentrant variant gives gradients to."""
+
+    def __init__(self, call: _Call) -> None:
+        self.call = call
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves, self.structure = tree_flatten(self.call(*tensors))
+        self.leaves = [leaf if not isinstance(leaf, Tensor) else None for leaf in leaves]
+        self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        return tuple(leaves[place] for place in self.places)
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        return tree_unflatten(leaves, self.structure)
+
+
+@dataclass(frozen=True)
+class _Hole:
+    """Where in the arguments of a call a tensor was taken out."""
+
+    index: int
+
+
+def _lift(value: Any, tensors: list[Tensor]) -> Any:
+    """Move the tensors of a value to a list, leaving holes. Only into plain tuples: others may be shared and written."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Hole(len(tensors) - 1)
+    if type(value) is tuple:
+        return tuple(_lift(item, tensors) for item in value)
+    return value
+
+
+def _fill(value: Any, tensors: Sequence[Tensor]) -> Any:
+    if type(value) is _Hole:
+        return tensors[value.index]
+    if type(value) is tuple:
+        return tuple(_fill(item, tensors) for item in value)
+    return value
+
+
+def _fill_each(values: dict[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
+    return {key: _fill(value, tensors) for key, value in values.items()}
+
+
+def _is_cache(value: Any) -> bool:
+    """Whether a value is one of the key/value caches of transformers or of remote code, which a forward appends to."""
+    if value is None or isinstance(value, (Tensor, tuple, bool, int, float, str)):
+        return False
+    return any("Cache" in cls.__name__ for cls in type(value).__mro__)
+
+
+def _require_grad_of_one(tensors: list[Tensor]) -> None:
+    """Let the first floating tensor require grad, if none does; an alias, so that the caller's tensor stays as it is."""
+    if any(tensor.requires_grad for tensor in tensors):
+        return
+    for index, tensor in enumerate(tensors):
+        if tensor.is_floating_point():
+            # A clone may be changed in place by the block; a leaf that requires grad may not.
+            tensors[index] = tensor.detach().requires_grad_().clone()
+            return
+
+
+def _refuse_side_channels(name: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if isinstance(value, (dict, list)):
+            raise ValueError(
+                f"checkpointing_use_reentrant=True gives wrong gradients here: block {name!r} is handed a "
+                f"{type(value).__name__}, through which blocks can pass tensors that the reentrant variant cuts from "
+                "the graph. Set checkpointing_use_reentrant=False."
+            )

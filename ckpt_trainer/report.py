@@ -1,0 +1,130 @@
+"""Say what was planned and what happened: the line at the start, metrics, the report, and errors that lead to the fix.
+
+Returns strings and plain data; never prints and never logs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ckpt_trainer import memory
+from ckpt_trainer.blocks import Block
+from ckpt_trainer.install import Installed
+from ckpt_trainer.plan import Plan, Settings
+from ckpt_trainer.recompute import Tally
+
+
+def first_line(plan: Plan, blocks: Sequence[Block], settings: Settings) -> str:
+    """One line: how many blocks of which part are recomputed, and why not the others."""
+    parts = []
+    for component in dict.fromkeys(block.component for block in blocks):
+        own = [block for block in blocks if block.component == component]
+        recomputed = sum(plan[block.name].kind == "recompute" for block in own)
+        notes = Counter(_why_not(plan, block) for block in own)
+        others = ", ".join(f"{number} {note}" for note, number in notes.items() if note)
+        parts.append(f"{recomputed}/{len(own)} {component} blocks recomputed" + (f" ({others})" if others else ""))
+    variant = "reentrant" if settings.use_reentrant else "non-reentrant"
+    off = settings.use_cache is False or (settings.use_cache is None and plan.count("recompute"))
+    cache = "off while training" if off else "on" if settings.use_cache else "as it was"
+    return (
+        f"mode {settings.mode}: {'; '.join(parts) or 'no blocks'}; {variant}; use_cache {cache}; "
+        f"input-gradient hook {'on' if settings.input_grads == 'always' else 'off'}"
+    )
+
+
+def _why_not(plan: Plan, block: Block) -> str:
+    action = plan[block.name]
+    return action.reason if action.reason else ("" if action.kind == "recompute" else "kept")
+
+
+def memory_report(
+    plan: Plan, blocks: Sequence[Block], installed: Installed, forward_flops: int | None, num_steps: int
+) -> dict[str, Any]:
+    """What was done so far.
+
+    Returns:
+        `blocks`: per component, number of blocks by action; `calls`: calls of blocks by what was done with them;
+        `recomputed_blocks`: replays, all together and by block; `num_steps`: forward and backward passes;
+        `recomputed_flops_share`: FLOPs of replays / FLOPs of forwards, None if not measured; `memory`: bytes, see
+        `memory_bytes`; `plan`: block name -> action.
+    """
+    kinds: dict[str, Counter[str]] = {}
+    for block in blocks:
+        kinds.setdefault(block.component, Counter())[plan[block.name].kind] += 1
+    return {
+        "blocks": {component: dict(counts) for component, counts in kinds.items()},
+        "calls": dict(installed.tally.calls),
+        "recomputed_blocks": sum(installed.tally.replays.values()),
+        "recomputed_by_block": dict(installed.tally.replays),
+        "recomputed_flops_share": flops_share(installed.tally.replays, installed.block_flops, forward_flops, num_steps),
+        "num_steps": num_steps,
+        "memory": memory_bytes(blocks[0].module if blocks else None),
+        "plan": {name: str(action) for name, action in plan.actions.items()},
+    }
+
+
+def flops_share(
+    replays: Mapping[str, int], block_flops: Mapping[str, int], forward_flops: int | None, num_steps: int
+) -> float | None:
+    """FLOPs of replays / FLOPs of forwards, by what one forward of each block and of the model took when measured.
+
+    A replay stops once it has what backward needs, mostly before its last matrix product; it counts here as a whole.
+    """
+    if not forward_flops or not num_steps:
+        return None
+    return sum(block_flops.get(name, 0) * number for name, number in replays.items()) / (forward_flops * num_steps)
+
+
+def memory_bytes(module: nn.Module | None) -> dict[str, int]:
+    """Peak bytes of the device that the module is on, as its allocator counts them, and of this process on the host."""
+    parameter = next(module.parameters(), None) if module is not None else None
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    entries = {"peak_device_bytes": memory.peak_bytes(device), "peak_host_bytes": memory.host_peak_bytes()}
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def explain_mismatch(error: Exception, tally: Tally, blocks: Sequence[Block]) -> str:
+    """A `CheckpointError` of torch with the block's name, what may cause it, and what to set."""
+    name = tally.last_replayed
+    block = next((block for block in blocks if block.name == name), None)
+    causes = ["it reads state that changed between forward and backward (an attribute, a list, a counter, a file)"]
+    if block is not None:
+        kinds = " ".join(type(module).__name__.lower() for module in block.module.modules())
+        if any(word in kinds for word in ("expert", "moe", "router", "topk")):
+            causes.insert(0, "its router chose other experts the second time, since the device's kernels are not exact")
+        if torch.is_autocast_enabled():
+            causes.append("it enters or leaves autocast by itself")
+        if any(hook for module in block.module.modules() for hook in module._forward_pre_hooks):
+            causes.append("a forward hook inside it changes its result from call to call")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        causes.append("its parameters were sharded or gathered differently the second time")
+    listed = "\n".join(f"  - {cause}" for cause in causes)
+    return (
+        f"block {name!r} gave other tensors when it was replayed than in its forward. Possible causes in this run:\n"
+        f"{listed}\n"
+        f'To train on, keep what it stores: checkpointing_modules={{"{name}": "none"}}. To find the operator, set '
+        'activation_checkpointing_kwargs={"debug": True}. What torch found:\n'
+        f"{error}"
+    )
+
+
+def explain_missing(missing: Sequence[str], blocks: Sequence[Block], settings: Settings, limit: int = 5) -> str:
+    """Why trainable parameters got no gradient in the first backward, and what to do."""
+    shown = ", ".join(missing[:limit]) + (f" and {len(missing) - limit} more" if len(missing) > limit else "")
+    name = next((block.name for block in blocks if f"{block.name}." in missing[0]), None)
+    where = f" (block {name!r})" if name else ""
+    what = f"{len(missing)} trainable parameters took part in the first step and got no gradient: {shown}{where}."
+    if settings.use_reentrant:
+        return (
+            f"{what} The reentrant variant cuts what leaves a block by another way than its return value. "
+            "Set checkpointing_use_reentrant=False; checkpointing_self_check=False if they are meant to get none."
+        )
+    return (
+        f"{what} Recomputing is not the cause: their result is not part of the loss, or is computed under no_grad. "
+        "Freeze them, or look there; checkpointing_self_check=False ends this check."
+    )

@@ -1,0 +1,167 @@
+"""The trainers: Hugging Face's own, with each training step under a plan.
+
+`CheckpointingMixin` holds all overrides. Each is a context or one call around super(), so that it works on any subclass
+of `Trainer`, TRL's included.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ckpt_trainer import memory
+from ckpt_trainer.checkpointing import Checkpointing
+from ckpt_trainer.prepare import UseCache
+from ckpt_trainer.training_args import settings_of
+
+# What makes transformers turn on its own checkpointing; the newer name and the older one.
+_SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
+
+_Base = Trainer if TYPE_CHECKING else object
+
+
+class CheckpointingMixin(_Base):
+    """Activation checkpointing for any trainer: `class Mine(CheckpointingMixin, SFTTrainer): pass`.
+
+    What is done follows the training arguments: the `checkpointing_*` flags of `CheckpointTrainingArguments`, and the
+    switches of transformers in any. On the model there is nothing of it but during a training step.
+    """
+
+    _checkpointing: Checkpointing | None = None
+    _use_cache: UseCache | None = None
+    _switches: _Switches | None = None
+    _replays_logged: int = 0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" not in vars(cls):
+            parent = next(
+                base for base in cls.__mro__[1:] if "__init__" in vars(base) and base is not CheckpointingMixin
+            )
+            cls.__signature__ = inspect.signature(parent)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._remember_use_cache(kwargs.get("model", args[0] if args else None))
+        super().__init__(*args, **kwargs)
+        settings_of(self.args)
+        if self._use_cache is not None:
+            self._use_cache.restore()
+        # First in the list, so that other callbacks see the arguments as the user gave them.
+        self.callback_handler.callbacks.insert(0, _TrainBegin(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # By now the model exists also where a trainer loads it by name.
+        self._remember_use_cache(getattr(self, "model", None))
+        super().create_accelerator_and_postprocess()
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        self._use_cache = None
+        model: nn.Module = super().call_model_init(trial)
+        self._remember_use_cache(model)
+        return model
+
+    def _remember_use_cache(self, model: Any) -> None:
+        # Trainer.__init__ overwrites it for good.
+        if self._use_cache is None and isinstance(model, nn.Module):
+            self._use_cache = UseCache(model)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        # Unused parameters are looked for as without checkpointing: only the reentrant variant cannot have it so.
+        with _Switches(self.args, not settings_of(self.args).use_reentrant):
+            built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
+            return built
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._checkpointing = None
+        self._replays_logged = 0
+        with _Switches(self.args) as self._switches:
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                # As a model that was loaded: `generate` right after training gives what the saved model gives.
+                self.model.eval()
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # May run more than once in a train(): with auto_find_batch_size after each failure.
+        with _Switches(self.args) as self._switches:
+            return super()._inner_training_loop(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with self._checkpointing_of(model).step():
+            return super().training_step(model, *args, **kwargs)
+
+    def _checkpointing_of(self, model: nn.Module) -> Checkpointing:
+        if self._checkpointing is None or self._checkpointing.model is not model:
+            memory.reset_peak(self.args.device)
+            self._checkpointing = Checkpointing(model, settings_of(self.args), quiet=not self.is_world_process_zero())
+        return self._checkpointing
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._checkpointing is not None:
+            logs = {**logs, **self._metrics(self._checkpointing)}
+        super().log(logs, *args, **kwargs)
+
+    def _metrics(self, checkpointing: Checkpointing) -> dict[str, float]:
+        report = checkpointing.report()
+        replays = report["recomputed_blocks"]
+        metrics = {"recomputed_blocks": replays - self._replays_logged, **report["memory"]}
+        self._replays_logged = replays
+        if report["recomputed_flops_share"] is not None:
+            metrics["recomputed_flops_share"] = round(report["recomputed_flops_share"], 4)
+        return {f"checkpointing/{key}": value for key, value in metrics.items()}
+
+    def memory_report(self) -> dict[str, Any]:
+        """What the last (or present) `train()` did: plan, recomputed block calls, bytes. See `report.memory_report`.
+
+        Before the first training step: the plan alone, nothing counted yet.
+        """
+        state = self._checkpointing or Checkpointing(self.model, settings_of(self.args), quiet=True)
+        return state.report()
+
+
+class _Switches:
+    """The checkpointing switches of transformers in training arguments, off while entered; calling it ends that early.
+
+    Left on, `train()` would put transformers' own checkpointing and its hooks on the model. Only what stands in the
+    arguments at that moment counts, so they are on again before callbacks read or save them.
+    """
+
+    def __init__(self, args: TrainingArguments, enabled: bool = True) -> None:
+        self._fields = vars(args)
+        self._values = {name: self._fields[name] for name in _SWITCHES if enabled and name in self._fields}
+
+    def __enter__(self) -> _Switches:
+        self._fields.update(dict.fromkeys(self._values, False))
+        return self
+
+    def __call__(self) -> None:
+        self._fields.update(self._values)
+
+    def __exit__(self, *error: object) -> None:
+        self()
+
+
+class _TrainBegin(TrainerCallback):  # type: ignore[misc]
+    """At the start of training: give the switches of transformers back, make the plan and say what it is."""
+
+    def __init__(self, trainer: CheckpointingMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._trainer._switches is not None:
+            self._trainer._switches()
+        self._trainer._checkpointing_of(self._trainer.model_wrapped)
+
+
+class CheckpointedTrainer(CheckpointingMixin, Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` with activation checkpointing; takes what `Trainer` takes."""
+
+
+class CheckpointedSeq2SeqTrainer(CheckpointingMixin, Seq2SeqTrainer):  # type: ignore[misc]
+    """`transformers.Seq2SeqTrainer` with activation checkpointing; takes what `Seq2SeqTrainer` takes."""

@@ -1,0 +1,440 @@
+"""The trainers in place of Hugging Face's: nothing changes but memory, and nothing stays behind."""
+
+import copy
+import inspect
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+from tiny_models import llama, text_dataset
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
+
+from ckpt_trainer import (
+    CheckpointedSeq2SeqTrainer,
+    CheckpointedTrainer,
+    CheckpointingMixin,
+    CheckpointTrainingArguments,
+)
+
+FIVE = hasattr(TrainingArguments, "activation_checkpointing")
+
+
+def arguments(tmp_path, cls=CheckpointTrainingArguments, **flags):
+    fixed = {
+        "output_dir": str(tmp_path), "per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1,
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "learning_rate": 1e-2,
+    }  # fmt: skip
+    return cls(**{**fixed, **flags})
+
+
+def plain_model(**config):
+    """A model that plain Trainer trains without cache in every version, as ours do."""
+    return llama(use_cache=False, **config)
+
+
+def state_of(model):
+    """All that training may leave behind on a model, weights excepted."""
+    modules = list(model.named_modules())
+    return {
+        "attributes": {name: sorted(key for key in vars(module) if key != "training") for name, module in modules},
+        "switches": {name: vars(module).get("gradient_checkpointing") for name, module in modules},
+        "hooks": {
+            name: [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
+            for name, module in modules
+        },
+        "config": copy.deepcopy(model.config.to_dict()),
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+    }
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def norms(trainer):
+    return [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+def assert_same_training(left, right):
+    assert losses(left) == losses(right)
+    assert norms(left) == norms(right)
+    for a, b in zip(left.model.parameters(), right.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def trained(tmp_path, trainer=CheckpointedTrainer, args=CheckpointTrainingArguments, model=None, **flags):
+    model = plain_model() if model is None else model
+    result = trainer(model=model, args=arguments(tmp_path, args, **flags), train_dataset=text_dataset(16))
+    result.train()
+    return result
+
+
+MODES = [
+    {},
+    {"checkpointing_mode": "none"},
+    {"checkpointing_mode": "full"},
+    {"gradient_checkpointing": True},
+    {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
+    {"checkpointing_every_n": 2},
+    {"checkpointing_modules": {"model.layers.1": "none"}},
+    {"checkpointing_use_reentrant": True},
+    {"checkpointing_input_grads": "always"},
+]
+
+
+@pytest.mark.parametrize("flags", MODES, ids=str)
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_losses_gradient_norms_and_weights_are_those_of_plain_trainer(tmp_path, flags):
+    plain = trained(tmp_path, Trainer, TrainingArguments)
+    assert_same_training(plain, trained(tmp_path, **flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "replays"),
+    [({}, 12), ({"checkpointing_mode": "none"}, 0), ({"checkpointing_every_n": 2}, 6),
+     ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 3}}, 6),
+     ({"checkpointing_modules": {"model.layers.[01]": "none"}}, 6)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_blocks_recomputed_in_three_steps(tmp_path, flags, replays):
+    trainer = trained(tmp_path, **flags)
+    assert trainer.memory_report()["recomputed_blocks"] == replays
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["checkpointing/recomputed_blocks"] for entry in logged] == [replays // 3] * 3
+
+
+def test_plain_training_arguments_mean_the_defaults(tmp_path):
+    plain = trained(tmp_path, Trainer, TrainingArguments)
+    ours = trained(tmp_path, args=TrainingArguments)
+    assert_same_training(plain, ours)
+    assert ours.memory_report()["blocks"] == {"text": {"recompute": 4}}
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_switch_set_after_construction_counts(tmp_path):
+    args = arguments(tmp_path, checkpointing_mode=None)
+    args.gradient_checkpointing = True
+    args.gradient_checkpointing_kwargs = {"every_n_layers": 2}
+    trainer = CheckpointedTrainer(plain_model(), args, train_dataset=text_dataset(8))
+    trainer.train()
+    assert trainer.memory_report()["blocks"] == {"text": {"recompute": 2, "keep": 2}}
+
+
+class Notes(TrainerCallback):
+    """Looks at the model and the arguments whenever it is asked."""
+
+    def __init__(self, fail_at=None, error=KeyboardInterrupt):
+        self.fail_at, self.error, self.seen = fail_at, error, []
+
+    def _look(self, where, args, model):
+        self.seen.append((where, bool(args.gradient_checkpointing), model.config.use_cache, state_of(model)))
+        if where == self.fail_at:
+            raise self.error
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._look("train_begin", args, model)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._look("step_begin", args, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._look("step_end", args, model)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self._look("evaluate", args, model)
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        self._look("save", args, model)
+
+    def on_log(self, args, state, control, model=None, **kwargs):
+        self._look("log", args, model)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("fail_at", [None, "train_begin", "step_begin", "step_end", "evaluate", "save", "log"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_nothing_is_on_the_model_outside_of_a_step_however_training_ends(tmp_path, fail_at, error):
+    model = llama()
+    before = state_of(model)
+    notes = Notes(fail_at, error)
+    args = arguments(
+        tmp_path, gradient_checkpointing=True, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        checkpointing_input_grads="always",
+    )  # fmt: skip
+    data = text_dataset(16)
+    trainer = CheckpointedTrainer(model, args, train_dataset=data, eval_dataset=data[:2], callbacks=[notes])
+    if fail_at is None:
+        trainer.train()
+    else:
+        with pytest.raises(error):
+            trainer.train()
+    assert all(switch and cache is True and state == before for _, switch, cache, state in notes.seen)
+    assert state_of(model) == before
+    assert not model.training
+    assert args.gradient_checkpointing is True
+
+
+def test_an_exception_in_the_forward_leaves_nothing(tmp_path):
+    model = llama()
+    before = state_of(model)
+    attention = model.model.layers[2].mlp
+    real = attention.forward
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    attention.forward = fail
+    trainer = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(8))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    attention.forward = real
+    del attention.forward
+    assert state_of(model) == before
+    assert len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()) == 0
+
+
+def test_model_is_live_only_inside_of_a_step(tmp_path):
+    seen = []
+
+    class Looks(CheckpointedTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(("forward" in vars(model.model.layers[0]), model.config.use_cache))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    data = text_dataset(8)
+    args = arguments(tmp_path, max_steps=1)
+    trainer = Looks(llama(), args, train_dataset=data, eval_dataset=data[:2])
+    trainer.train()
+    trainer.evaluate()
+    assert seen == [(True, False), (False, True)]
+
+
+def saved_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_saves_have_the_users_use_cache(tmp_path):
+    trainer = trained(tmp_path, model=llama(), save_strategy="steps", save_steps=2)
+    trainer.save_model(str(tmp_path / "final"))
+    assert saved_config(tmp_path / "checkpoint-2")["use_cache"] is True
+    assert saved_config(tmp_path / "final")["use_cache"] is True
+    assert saved_config(tmp_path / "final").get("use_cache") == llama().config.to_dict()["use_cache"]
+
+
+def test_saves_add_no_key_that_was_not_there(tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config)
+    before = "use_cache" in model.config.to_dict()
+    trainer = CheckpointedTrainer(model, arguments(tmp_path))
+    trainer.save_model(str(tmp_path / "vit"))
+    assert ("use_cache" in saved_config(tmp_path / "vit")) == before
+
+
+def test_the_users_choice_between_construction_and_training_is_kept(tmp_path):
+    model = llama()
+    trainer = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(8))
+    model.config.use_cache = False
+    trainer.train()
+    assert model.config.use_cache is False
+
+
+@pytest.mark.skipif(not FIVE, reason="the argument use_cache came with transformers 5")
+def test_an_explicit_use_cache_keeps_the_cache_and_the_blocks(tmp_path):
+    plain = trained(tmp_path, Trainer, TrainingArguments, model=llama(), use_cache=True)
+    ours = trained(tmp_path, model=llama(), use_cache=True)
+    assert_same_training(plain, ours)
+    assert ours.memory_report()["calls"] == {"got a key/value cache": 12}
+
+
+def test_generate_right_after_training_gives_the_tokens_of_the_saved_model(tmp_path):
+    model = llama(attention_dropout=0.5)
+    trainer = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(16))
+    trainer.train()
+    prompt = torch.tensor([text_dataset(1)[0]["input_ids"][:4]])
+    tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)
+    trainer.save_model(str(tmp_path / "final"))
+    reloaded = type(model).from_pretrained(str(tmp_path / "final"))
+    assert torch.equal(tokens, reloaded.generate(prompt, max_new_tokens=8, do_sample=False))
+
+
+def test_generate_inside_of_a_training_step_is_right(tmp_path):
+    tokens = {}
+
+    class Generates(CheckpointedTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            prompt = inputs["input_ids"][:, :4]
+            tokens["in step"] = model.generate(prompt, max_new_tokens=6, do_sample=False)
+            tokens["reference"] = reference.generate(prompt, max_new_tokens=6, do_sample=False)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    model = llama()
+    reference = copy.deepcopy(model)
+    Generates(model, arguments(tmp_path, max_steps=1), train_dataset=text_dataset(8)).train()
+    assert torch.equal(tokens["in step"], tokens["reference"])
+
+
+def test_train_twice_and_resume(tmp_path):
+    once = trained(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2)
+    again = CheckpointedTrainer(
+        plain_model(), arguments(tmp_path / "a", max_steps=4), train_dataset=text_dataset(16)
+    )  # fmt: skip
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(once)[2:] == losses(again)[-2:]
+    before = state_of(again.model)
+    again.train()
+    assert state_of(again.model) == before
+
+
+def test_model_init_and_several_models(tmp_path):
+    models = []
+
+    def build():
+        models.append(llama())
+        return models[-1]
+
+    trainer = CheckpointedTrainer(args=arguments(tmp_path), model_init=build, train_dataset=text_dataset(8))
+    trainer.train()
+    trainer.train()
+    assert len(models) == 3
+    assert [model.config.use_cache for model in models] == [True] * 3
+    assert trainer.memory_report()["recomputed_blocks"] == 12
+
+
+def test_unfreezing_during_training_is_noticed_at_the_next_step(tmp_path):
+    class Unfreezes(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.requires_grad_(True)
+
+    class Counts(CheckpointedTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            counts.append(dict(self._checkpointing.installed.tally.calls))
+            return loss
+
+    counts = []
+    model = plain_model()
+    model.requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    args = arguments(tmp_path, max_steps=2)
+    trainer = Counts(model, args, train_dataset=text_dataset(8), callbacks=[Unfreezes()])
+    trainer.train()
+    assert counts[0] == {"no graph": 3, "recompute": 1}
+    assert counts[1] == {"no graph": 3, "recompute": 5}
+
+
+def test_signature_is_the_parents():
+    assert inspect.signature(CheckpointedTrainer) == inspect.signature(Trainer)
+    assert inspect.signature(CheckpointedSeq2SeqTrainer) == inspect.signature(Seq2SeqTrainer)
+
+
+def test_a_subclass_with_its_own_constructor(tmp_path):
+    class QuestionAnsweringTrainer(CheckpointedTrainer):
+        def __init__(self, *args, eval_examples=None, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.eval_examples = eval_examples
+
+    trainer = QuestionAnsweringTrainer(
+        plain_model(), arguments(tmp_path), train_dataset=text_dataset(8), eval_examples=[1]
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.eval_examples == [1]
+    assert trainer.memory_report()["recomputed_blocks"] == 12
+
+
+def test_the_start_is_said_in_one_line(tmp_path, caplog):
+    trained(tmp_path)
+    lines = [record.getMessage() for record in caplog.records if record.name == "ckpt_trainer"]
+    assert len(lines) == 1
+    assert lines[0].startswith("mode full: 4/4 text blocks recomputed; non-reentrant; use_cache off while training")
+
+
+class NoBlocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x, labels=None):
+        return {"loss": (self.head(x) - labels).square().mean()}
+
+
+def test_a_model_without_blocks_trains_with_a_warning_or_is_an_error_where_a_mode_was_named(tmp_path, caplog):
+    data = [{"x": torch.ones(4), "labels": torch.ones(1)}] * 4
+    CheckpointedTrainer(NoBlocks(), arguments(tmp_path), train_dataset=data).train()
+    assert "found no repeated blocks in NoBlocks" in caplog.text
+    named = CheckpointedTrainer(NoBlocks(), arguments(tmp_path, checkpointing_mode="full"), train_dataset=data)
+    with pytest.raises(ValueError, match=r"checkpointing_mode='full': found no repeated blocks in NoBlocks"):
+        named.train()
+
+
+def test_a_glob_that_names_nothing_is_an_error(tmp_path):
+    args = arguments(tmp_path, checkpointing_modules={"vision": "full"})
+    trainer = CheckpointedTrainer(plain_model(), args, train_dataset=text_dataset(8))
+    with pytest.raises(ValueError, match=r"names 'vision', which matches no block.*model.layers \(4 x text\)"):
+        trainer.train()
+
+
+def test_checkpointing_that_the_user_turned_on_is_replaced_while_training(tmp_path, caplog):
+    plain = trained(tmp_path, Trainer, TrainingArguments)
+    model = plain_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.gradient_checkpointing_enable()
+    before = state_of(model)
+    ours = trained(tmp_path, model=model, checkpointing_mode="none")
+    assert_same_training(plain, ours)
+    assert ours.memory_report()["recomputed_blocks"] == 0
+    assert "checkpointing was turned on for" in caplog.text
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("skip_frozen", [True, False])
+def test_frozen_blocks_below_the_first_trainable_parameter(tmp_path, skip_frozen):
+    model = plain_model()
+    model.requires_grad_(False)
+    model.model.layers[-1].requires_grad_(True)
+    model.enable_input_require_grads()
+    before = state_of(model)
+    ours = trained(tmp_path, model=model, checkpointing_skip_frozen=skip_frozen)
+    expected = {"no graph": 9, "recompute": 3} if skip_frozen else {"recompute": 12}
+    assert ours.memory_report()["calls"] == expected
+    assert state_of(model) == before
+
+
+def test_gradient_accumulation_and_clipping(tmp_path):
+    flags = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1, "max_steps": 2}
+    plain = trained(tmp_path, Trainer, TrainingArguments, **flags)
+    assert_same_training(plain, trained(tmp_path, **flags))
+
+
+@pytest.mark.parametrize("flags", [{"bf16": True}, {"neftune_noise_alpha": 5}, {"label_smoothing_factor": 0.1}], ids=str)
+def test_precision_noise_and_smoothing(tmp_path, flags):
+    plain = trained(tmp_path, Trainer, TrainingArguments, **flags)
+    assert_same_training(plain, trained(tmp_path, **flags))
+
+
+def test_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class Sft(CheckpointingMixin, trl.SFTTrainer):
+        pass
+
+    from tiny_models import tokenizer
+
+    def sft(cls):
+        from datasets import Dataset
+
+        args = arguments(tmp_path, trl.SFTConfig, max_length=16, gradient_checkpointing=cls is Sft, bf16=False)
+        data = Dataset.from_dict({"text": ["the cat sat on the mat"] * 8})
+        trainer = cls(plain_model(), args, train_dataset=data, processing_class=tokenizer())
+        trainer.train()
+        return trainer
+
+    ours = sft(Sft)
+    assert_same_training(sft(trl.SFTTrainer), ours)
+    assert ours.memory_report()["recomputed_blocks"] == 12

@@ -1,0 +1,622 @@
+import copy
+import dataclasses
+import json
+import logging
+import pickle
+
+import pytest
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+
+from ckpt_trainer.plan import Settings
+from ckpt_trainer.training_args import (
+    CheckpointingArguments,
+    CheckpointSeq2SeqTrainingArguments,
+    CheckpointTrainingArguments,
+    settings_of,
+)
+
+# HF's own word on its old names, which half of these tests use on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed:FutureWarning")
+
+FLAGS = {
+    "checkpointing_mode": None,
+    "checkpointing_modules": None,
+    "checkpointing_every_n": 1,
+    "checkpointing_skip_frozen": True,
+    "checkpointing_use_reentrant": False,
+    "checkpointing_input_grads": "auto",
+    "checkpointing_self_check": True,
+}
+HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
+NEW_NAMES = "activation_checkpointing" in HF_FIELDS  # transformers 5.x
+needs_new_names = pytest.mark.skipif(not NEW_NAMES, reason="transformers 4.57 has the gradient_* names only")
+NAMES = ["activation_checkpointing", "gradient_checkpointing"] if NEW_NAMES else ["gradient_checkpointing"]
+KWARGS = [f"{name}_kwargs" for name in NAMES]
+
+
+def contexts():
+    raise NotImplementedError
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(cls=CheckpointTrainingArguments, **flags):
+        return cls(output_dir=str(tmp_path), report_to=[], **flags)
+
+    return make
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(*words, cls=CheckpointTrainingArguments):
+        (args,) = HfArgumentParser(cls).parse_args_into_dataclasses(
+            ["--output_dir", str(tmp_path), "--report_to", "none", *words]
+        )
+        return args
+
+    return parse
+
+
+@pytest.fixture
+def warnings_of(caplog):
+    """Run an action and return what it warned of."""
+
+    def warnings_of(action):
+        logger = logging.getLogger("ckpt_trainer.training_args")
+        type(logger).warning_once.cache_clear()  # a message of an earlier test would stay silent
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger=logger.name):
+            action()
+        return [record.getMessage() for record in caplog.records if record.name == logger.name]
+
+    return warnings_of
+
+
+# The fields.
+
+
+def test_the_flags_are_these_and_no_others():
+    assert {f.name: f.default for f in dataclasses.fields(CheckpointingArguments)} == FLAGS
+    for cls, parent in (
+        (CheckpointTrainingArguments, TrainingArguments),
+        (CheckpointSeq2SeqTrainingArguments, Seq2SeqTrainingArguments),
+    ):
+        names = [f.name for f in dataclasses.fields(cls)]
+        assert names == [f.name for f in dataclasses.fields(parent)] + list(FLAGS)
+
+
+def test_no_flag_shadows_one_of_hf():
+    for flag in FLAGS:
+        assert not hasattr(Seq2SeqTrainingArguments, flag)
+        assert not [name for name in HF_FIELDS if name.startswith(flag) or flag.startswith(name)]
+
+
+def test_the_defaults_of_the_flags_are_those_of_settings(make):
+    assert make().settings() == settings_of(make(TrainingArguments)) == Settings()
+
+
+def test_every_flag_becomes_a_setting(make):
+    args = make(
+        checkpointing_mode="none",
+        checkpointing_modules={"vision": "full", "*.layers.3": "none"},
+        checkpointing_every_n=2,
+        checkpointing_skip_frozen=False,
+        checkpointing_use_reentrant=True,
+        checkpointing_input_grads="never",
+        checkpointing_self_check=False,
+    )
+    assert args.settings() == Settings(
+        mode="none",
+        modules=(("vision", "full"), ("*.layers.3", "none")),
+        every_n=2,
+        skip_frozen=False,
+        use_reentrant=True,
+        input_grads="never",
+        self_check=False,
+    )
+
+
+def test_use_cache_is_taken_over_where_hf_has_it(make):
+    if "use_cache" not in HF_FIELDS:
+        pytest.skip("this transformers has no use_cache argument")
+    assert make(use_cache=True).settings().use_cache is True
+    assert settings_of(make(TrainingArguments, use_cache=True)).use_cache is True
+    assert make(use_cache=False).settings().use_cache is False
+
+
+# Command line and files.
+
+
+def test_command_line_sets_every_flag(parse):
+    settings = parse(
+        *("--checkpointing_mode", "none", "--checkpointing_every_n", "3", "--checkpointing_skip_frozen", "False"),
+        *("--checkpointing_modules", '{"vision": "full"}', "--checkpointing_use_reentrant"),
+        *("--checkpointing-input-grads", "always", "--no_checkpointing_self_check"),
+    ).settings()
+    assert settings == Settings(
+        mode="none",
+        modules=(("vision", "full"),),
+        every_n=3,
+        skip_frozen=False,
+        use_reentrant=True,
+        input_grads="always",
+        self_check=False,
+    )
+
+
+def test_command_line_modules_become_a_dict(parse):
+    assert parse("--checkpointing_modules", '{"vision": "full"}').checkpointing_modules == {"vision": "full"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [["True"], []])
+def test_command_line_takes_hf_flags(parse, name, value):
+    args = parse(f"--{name}", *value)
+    assert getattr(args, name) is True
+    assert args.settings().mode == "full"
+
+
+@pytest.mark.parametrize("name", KWARGS)
+def test_command_line_takes_hf_kwargs(parse, name):
+    text = '{"every_n_layers": 2, "use_reentrant": "false", "preserve_rng_state": false, "determinism_check": "none"}'
+    settings = parse(f"--{name}", text).settings()
+    assert settings == Settings(every_n=2, preserve_rng_state=False, checkpoint_options={"determinism_check": "none"})
+
+
+def test_command_line_seq2seq(parse):
+    args = parse("--predict_with_generate", "--checkpointing_mode", "none", cls=CheckpointSeq2SeqTrainingArguments)
+    assert args.predict_with_generate is True
+    assert args.settings().mode == "none"
+
+
+def test_abbreviations_of_hf_flags_still_resolve(parse):
+    assert parse("--gradient_checkpointing_k", '{"every_n_layers": 2}').settings().every_n == 2
+    assert parse("--checkpointing_e", "2").settings().every_n == 2
+
+
+def test_bad_value_on_the_command_line(parse):
+    with pytest.raises(ValueError, match="checkpointing_mode='fulll'"):
+        parse("--checkpointing_mode", "fulll")
+
+
+def test_help_renders_every_flag():
+    # The mixin alone: in 4.57 HF's own help has a bare percent sign and does not render.
+    text = HfArgumentParser(CheckpointingArguments).format_help()
+    assert [flag for flag in FLAGS if f"--{flag} " not in text] == []
+    if NEW_NAMES:
+        assert "--checkpointing_mode" in HfArgumentParser(CheckpointTrainingArguments).format_help()
+
+
+def test_every_flag_has_help():
+    for flag in dataclasses.fields(CheckpointingArguments):
+        assert flag.metadata["help"].endswith(".")
+        assert "%" not in flag.metadata["help"].replace("%%", "")
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml", "dict"])
+def test_files_and_dicts(tmp_path, suffix):
+    content = {
+        "output_dir": str(tmp_path),
+        "report_to": [],
+        "checkpointing_mode": "none",
+        "checkpointing_modules": {"text": "full"},
+        "checkpointing_every_n": 2,
+        "gradient_checkpointing_kwargs": {"preserve_rng_state": False},
+    }
+    parser, path = HfArgumentParser(CheckpointTrainingArguments), tmp_path / f"args.{suffix}"
+    if suffix == "dict":
+        (args,) = parser.parse_dict(content)
+    else:
+        path.write_text(json.dumps(content))  # JSON is YAML
+        (args,) = getattr(parser, f"parse_{suffix}_file")(str(path))
+    assert args.settings() == Settings(mode="none", modules=(("text", "full"),), every_n=2, preserve_rng_state=False)
+
+
+# Copies.
+
+
+def without_tokens(args):
+    return {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+
+
+COPIES = {
+    "pickle": lambda args: pickle.loads(pickle.dumps(args)),
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "replace": dataclasses.replace,
+    "to_dict": lambda args: type(args)(**without_tokens(args)),
+    "json": lambda args: HfArgumentParser(type(args)).parse_dict(
+        {k: v for k, v in json.loads(args.to_json_string()).items() if not k.endswith("_token")}
+    )[0],
+}
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("cls", [CheckpointTrainingArguments, CheckpointSeq2SeqTrainingArguments])
+def test_copies_say_the_same(make, duplicate, cls):
+    args = make(
+        cls,
+        checkpointing_mode="full",
+        checkpointing_modules='{"vision": "none"}',
+        checkpointing_self_check=False,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"every_n_layers": 2, "early_stop": False},
+    )
+    twin = duplicate(args)
+    assert type(twin) is cls
+    assert twin.settings() == args.settings()
+    assert without_tokens(twin) == without_tokens(args)
+    twin.gradient_checkpointing_kwargs = {"every_n_layers": 5}  # names stay tied together in a copy, too
+    assert twin.settings().every_n == 5
+    assert args.settings().every_n == 2
+
+
+def test_post_init_is_idempotent(make):
+    args = make(checkpointing_modules='{"vision": "full"}', gradient_checkpointing=True)
+    before, settings = without_tokens(args), args.settings()
+    args.__post_init__()
+    assert without_tokens(args) == before
+    assert args.settings() == settings
+
+
+def test_replace_validates(make):
+    args = make()
+    assert dataclasses.replace(args, checkpointing_mode="none").settings().mode == "none"
+    with pytest.raises(ValueError, match="checkpointing_every_n=0"):
+        dataclasses.replace(args, checkpointing_every_n=0)
+
+
+def test_json_names_a_function_and_to_dict_keeps_it(make):
+    args = make(gradient_checkpointing_kwargs={"context_fn": contexts})
+    written = json.loads(args.to_json_string())["gradient_checkpointing_kwargs"]["context_fn"]
+    assert written.endswith("test_training_args.contexts")
+    assert args.to_dict()["gradient_checkpointing_kwargs"]["context_fn"] is contexts
+    assert pickle.loads(pickle.dumps(args)).settings().checkpoint_options == {"context_fn": contexts}
+
+
+def test_json_still_refuses_what_is_not_a_function(make):
+    args = make()
+    args.run_name = object()
+    with pytest.raises(TypeError, match="no JSON form"):
+        args.to_json_string()
+
+
+# Bad values.
+
+BAD_FLAGS = [
+    ("checkpointing_mode", "fulll", "'fulll' is not one of full, none. Did you mean 'full'?"),
+    ("checkpointing_mode", "FULL", "'FULL' is not one of full, none. Did you mean 'full'?"),
+    ("checkpointing_mode", " none", "' none' is not one of full, none. Did you mean 'none'?"),
+    ("checkpointing_mode", "", "'' is not one of full, none. Did you mean "),
+    ("checkpointing_mode", False, "False is not one of full, none. Did you mean 'none'?"),
+    ("checkpointing_mode", 3, "3 is not one of full, none. Did you mean "),
+    ("checkpointing_mode", "auto", "'auto' is not in this version; the modes of this version are full, none."),
+    ("checkpointing_mode", "offload", "'offload' is not in this version"),
+    ("checkpointing_mode", "selective", "'selective' is not in this version"),
+    ("checkpointing_mode", "selectve", "'selectve' is not one of full, none, and 'selective' is not in this version."),
+    ("checkpointing_every_n", 0, "0 is not a whole number from 1 up. Did you mean 1?"),
+    ("checkpointing_every_n", -1, "-1 is not a whole number from 1 up. Did you mean 1?"),
+    ("checkpointing_every_n", True, "True is not a whole number from 1 up. Did you mean 1?"),
+    ("checkpointing_every_n", 2.6, "2.6 is not a whole number from 1 up. Did you mean 3?"),
+    ("checkpointing_every_n", "2", "'2' is not a whole number from 1 up. Did you mean 2?"),
+    ("checkpointing_every_n", "two", "'two' is not a whole number from 1 up. Did you mean 1?"),
+    ("checkpointing_every_n", float("inf"), "inf is not a whole number from 1 up. Did you mean 1?"),
+    ("checkpointing_every_n", None, "None is not a whole number from 1 up. Did you mean 1?"),
+    ("checkpointing_skip_frozen", "flase", "'flase' is not True or False. Did you mean False?"),
+    ("checkpointing_skip_frozen", "yes", "'yes' is not True or False. Did you mean True?"),
+    ("checkpointing_skip_frozen", 1, "1 is not True or False. Did you mean True?"),
+    ("checkpointing_use_reentrant", None, "None is not True or False. Did you mean False?"),
+    ("checkpointing_self_check", 0, "0 is not True or False. Did you mean False?"),
+    ("checkpointing_input_grads", "allways", "'allways' is not one of auto, always, never. Did you mean 'always'?"),
+    ("checkpointing_input_grads", "Auto", "'Auto' is not one of auto, always, never. Did you mean 'auto'?"),
+    ("checkpointing_input_grads", None, "None is not one of auto, always, never. Did you mean "),
+    ("checkpointing_modules", "vision", "'vision' is not JSON"),
+    ("checkpointing_modules", '{"vision": full}', " is not JSON"),
+    ("checkpointing_modules", '["vision"]', ' is not a dict. Write it like {"vision": "full"}.'),
+    ("checkpointing_modules", ["vision"], "['vision'] is not a dict"),
+]
+BAD_MODULES = [
+    ({"vision": "ful"}, "checkpointing_modules['vision']='ful' is not one of full, none. Did you mean 'full'?"),
+    ({"vision": "offload"}, "checkpointing_modules['vision']='offload' is not in this version"),
+    ({"vision": None}, "checkpointing_modules['vision']=None is not one of full, none. Did you mean 'none'?"),
+    ({3: "full"}, "a name in checkpointing_modules=3 is not a module glob"),
+    ({"": "full"}, "a name in checkpointing_modules='' is not a module glob"),
+]
+BAD_KWARGS = [
+    ({"every_n_layers": 0}, "['every_n_layers']=0 is not a whole number from 1 up. Did you mean 1?"),
+    ({"every_n_layers": True}, "['every_n_layers']=True is not a whole number from 1 up. Did you mean 1?"),
+    ({"every_n_layers": 1.5}, "['every_n_layers']=1.5 is not a whole number from 1 up. Did you mean 2?"),
+    ({"every_n_layers": "2"}, "['every_n_layers']='2' is not a whole number from 1 up. Did you mean 2?"),
+    ({"use_reentrant": "False"}, "['use_reentrant']='False' is not True or False. Did you mean False?"),
+    ({"preserve_rng_state": None}, "['preserve_rng_state']=None is not True or False. Did you mean False?"),
+    ({"determinism_check": False}, "['determinism_check']=False is not one of default, none. Did you mean "),
+    ({"determinism_check": "nonee"}, "['determinism_check']='nonee' is not one of default, none. Did you mean 'none'?"),
+    ({"context_fn": "contexts"}, "['context_fn']='contexts' is not a function."),
+    ({"debug": 1}, "['debug']=1 is not True or False. Did you mean True?"),
+    ({"early_stop": "no"}, "['early_stop']='no' is not True or False. Did you mean False?"),
+    ({"offload": True}, "['offload']=True is not in this version."),
+    ({"use_reentrent": False}, "has the key 'use_reentrent', which is not one of every_n_layers, use_reentrant, "),
+    ({"use-reentrant": False}, "Did you mean 'use_reentrant'?"),
+    ({"every_n": 2}, "Did you mean 'every_n_layers'?"),
+    ({7: 2}, "has the key 7, which is not one of "),
+    ({"use_reentrant": True, "debug": True}, ": use_reentrant=True cannot be combined with debug."),
+    ({"use_reentrant": True, "context_fn": contexts}, ": use_reentrant=True cannot be combined with context_fn."),
+    ("{every_n_layers: 2}", " is not JSON"),
+    ("every_n_layers=2", " is not JSON"),
+    ([("use_reentrant", True)], ' is not a dict. Write it like {"every_n_layers": 2}.'),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "message"), BAD_FLAGS)
+def test_bad_flags_raise(make, flag, value, message):
+    with pytest.raises(ValueError) as caught:
+        make(**{flag: value})
+    assert str(caught.value).startswith(f"{flag}={value!r}")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_MODULES)
+def test_bad_modules_raise(make, value, message):
+    with pytest.raises(ValueError) as caught:
+        make(checkpointing_modules=value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", KWARGS)
+@pytest.mark.parametrize(("value", "message"), BAD_KWARGS)
+def test_bad_hf_kwargs_raise(make, name, value, message):
+    with pytest.raises(ValueError) as caught:
+        make(**{name: value})
+    assert name in str(caught.value)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["true", 1])
+def test_bad_hf_flags_raise(make, name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*={value!r} is not True or False. Did you mean True\?"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize(("flag", "value", "message"), BAD_FLAGS)
+def test_bad_flags_set_later_raise_when_read(make, flag, value, message):
+    args = make()
+    setattr(args, flag, value)
+    with pytest.raises(ValueError) as caught:
+        args.settings()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(("value", "message"), BAD_KWARGS)
+def test_plain_arguments_are_checked_when_read(make, value, message):
+    args = make(TrainingArguments)
+    args.gradient_checkpointing_kwargs = value
+    with pytest.raises(ValueError) as caught:
+        settings_of(args)
+    assert message in str(caught.value)
+
+
+# HF's own spelling.
+
+
+@pytest.mark.parametrize("cls", [CheckpointTrainingArguments, TrainingArguments])
+@pytest.mark.parametrize("name", KWARGS)
+def test_hf_kwargs_are_honoured(make, cls, name):
+    kwargs = {
+        "every_n_layers": 2,
+        "use_reentrant": False,
+        "preserve_rng_state": True,
+        "determinism_check": "none",
+        "context_fn": contexts,
+        "debug": False,
+        "early_stop": False,
+        "offload": False,
+    }
+    assert settings_of(make(cls, **{name: kwargs})) == Settings(
+        every_n=2,
+        preserve_rng_state=True,
+        checkpoint_options={
+            "context_fn": contexts,
+            "determinism_check": "none",
+            "debug": False,
+            "early_stop": False,
+        },
+    )
+
+
+@pytest.mark.parametrize("kwargs", [None, {}, {"preserve_rng_state": False}, {"determinism_check": "none"}])
+def test_kwargs_without_use_reentrant_stay_non_reentrant(make, kwargs):
+    assert make(gradient_checkpointing=True, gradient_checkpointing_kwargs=kwargs).settings().use_reentrant is False
+
+
+def test_reentrant_on_either_side(make):
+    assert make(gradient_checkpointing_kwargs={"use_reentrant": True}).settings().use_reentrant is True
+    assert make(checkpointing_use_reentrant=True).settings().use_reentrant is True
+    both = make(checkpointing_use_reentrant=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    assert both.settings().use_reentrant is True
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [True, False, None])
+def test_no_mode_means_full_whatever_hf_says(make, name, value):
+    assert make(**{name: value}).settings().mode == "full"
+    assert settings_of(make(TrainingArguments, **{name: value})).mode == "full"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hf_flag_set_to_false_is_no_conflict(make, name):
+    assert make(checkpointing_mode="full", **{name: False}).settings().mode == "full"
+    assert make(checkpointing_mode="none", **{name: False}).settings().mode == "none"
+    assert make(checkpointing_mode="full", **{name: True}).settings().mode == "full"
+
+
+CONFLICTS = [
+    ({"checkpointing_mode": "none"}, {"gradient_checkpointing": True}),
+    ({"checkpointing_every_n": 3}, {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}),
+    ({"checkpointing_every_n": 3}, {"gradient_checkpointing_kwargs": {"every_n_layers": 1}}),
+    ({"checkpointing_use_reentrant": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("ours", "theirs"), CONFLICTS)
+def test_conflicts_name_both(make, ours, theirs, name):
+    theirs = {key.replace("gradient_checkpointing", name): value for key, value in theirs.items()}
+    with pytest.raises(ValueError) as caught:
+        make(**ours, **theirs)
+    message = str(caught.value)
+    assert all(f"{flag}={value!r}" in message for flag, value in ours.items())
+    assert all(key in message for key in theirs)
+    assert message.endswith("ask for different things. Remove one of them.")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), CONFLICTS)
+def test_conflicts_made_later_raise_when_read(make, ours, theirs):
+    args = make(**ours)
+    for name, value in theirs.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match="ask for different things"):
+        args.settings()
+
+
+def test_agreement_is_no_conflict(make):
+    args = make(checkpointing_every_n=2, gradient_checkpointing_kwargs={"every_n_layers": 2, "use_reentrant": False})
+    assert args.settings() == Settings(every_n=2)
+
+
+@dataclasses.dataclass
+class TheirDefaults(CheckpointingArguments, TrainingArguments):
+    """What TRL does: other defaults for HF's fields."""
+
+    gradient_checkpointing: bool = True
+    gradient_checkpointing_kwargs: dict | None = dataclasses.field(default_factory=lambda: {"every_n_layers": 2})
+
+
+@dataclasses.dataclass
+class OurDefaults(CheckpointTrainingArguments):
+    checkpointing_mode: str | None = "none"
+    checkpointing_every_n: int = 4
+
+
+def test_a_default_of_the_args_class_is_not_the_users_word(make):
+    assert make(TheirDefaults).settings() == Settings(every_n=2)
+    assert make(TheirDefaults, checkpointing_mode="none").settings().mode == "none"
+    assert make(TheirDefaults, checkpointing_every_n=3).settings().every_n == 3
+    assert make(TheirDefaults, gradient_checkpointing=False).settings().mode == "full"
+
+
+def test_a_default_of_ours_gives_way_to_what_the_user_says_to_hf(make):
+    assert make(OurDefaults).settings() == Settings(mode="none", every_n=4)
+    args = make(OurDefaults, gradient_checkpointing=True, gradient_checkpointing_kwargs={"every_n_layers": 2})
+    assert args.settings() == Settings(every_n=2)
+
+
+# Set on the object.
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_names_stay_equal_when_set_later(make, name):
+    args = make()
+    kwargs = {"every_n_layers": 2}
+    setattr(args, name, True)
+    setattr(args, f"{name}_kwargs", kwargs)
+    assert args.activation_checkpointing is args.gradient_checkpointing is True
+    assert args.activation_checkpointing_kwargs is args.gradient_checkpointing_kwargs is kwargs
+    assert args.settings().every_n == 2
+    assert dataclasses.replace(args).settings().every_n == 2
+    args.gradient_checkpointing_kwargs["every_n_layers"] = 3  # changed in place, as TRL does
+    assert args.settings().every_n == 3
+
+
+@needs_new_names
+def test_constructor_keeps_hf_order_of_names(make):
+    args = make(activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 2})
+    assert args.gradient_checkpointing is True
+    assert args.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+    changed = dataclasses.replace(args, activation_checkpointing_kwargs={"every_n_layers": 3})
+    assert changed.settings().every_n == 3
+
+
+def test_json_text_set_later_is_read(make):
+    args = make()
+    args.gradient_checkpointing_kwargs = '{"every_n_layers": 2}'
+    args.checkpointing_modules = '{"vision": "none"}'
+    assert args.settings() == Settings(every_n=2, modules=(("vision", "none"),))
+
+
+def test_flags_set_later_are_read(make):
+    args = make(checkpointing_mode="full")
+    args.checkpointing_mode = type(args.checkpointing_mode)("none")  # as a hyper-parameter search does
+    assert args.settings().mode == "none"
+
+
+@needs_new_names
+def test_plain_arguments_with_two_different_kwargs_raise(make):
+    args = make(TrainingArguments, activation_checkpointing_kwargs={"every_n_layers": 2})
+    args.gradient_checkpointing_kwargs = {"every_n_layers": 3}
+    with pytest.raises(ValueError, match=r"activation_checkpointing_kwargs=.* and gradient_checkpointing_kwargs="):
+        settings_of(args)
+
+
+def test_plain_arguments_set_later_are_read(make):
+    args = make(TrainingArguments)
+    args.gradient_checkpointing = True
+    args.gradient_checkpointing_kwargs = {"every_n_layers": 2}
+    assert settings_of(args) == Settings(every_n=2)
+
+
+# Settings that nothing follows from.
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"checkpointing_every_n": 2}, "checkpointing_every_n"),
+        ({"checkpointing_modules": {"vision": "none"}}, "checkpointing_modules"),
+        ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "gradient_checkpointing_kwargs"),
+    ],
+)
+def test_one_warning_for_what_has_no_effect(make, warnings_of, flags, named):
+    def twice():
+        make(checkpointing_mode="none", **flags).settings()
+
+    (message,) = warnings_of(twice)
+    assert message.startswith("No effect in checkpointing_mode='none': ")
+    assert named in message
+    assert [flag for flag in FLAGS if flag in message] == ["checkpointing_mode"] + [f for f in FLAGS if f == named]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"checkpointing_every_n": 2, "checkpointing_modules": {"vision": "none"}},
+        {"checkpointing_mode": "none"},
+        {"checkpointing_mode": "none", "checkpointing_modules": {"vision": "full"}, "checkpointing_every_n": 2},
+        {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+    ],
+)
+def test_no_warning_for_what_has_an_effect(make, warnings_of, flags):
+    assert warnings_of(lambda: make(**flags)) == []
+
+
+# With other libraries' arguments.
+
+
+def test_mixes_with_trl(make, parse):
+    trl = pytest.importorskip("trl")
+    Mixed = dataclasses.make_dataclass("Mixed", [], bases=(CheckpointingArguments, trl.SFTConfig))
+    args = make(Mixed, bf16=False)
+    assert args.gradient_checkpointing is True
+    assert args.settings() == Settings()
+    assert make(Mixed, bf16=False, checkpointing_mode="none").settings().mode == "none"
+    args = parse(
+        *("--bf16", "False", "--checkpointing_modules", '{"vision": "full"}', "--packing"),
+        *("--model_init_kwargs", '{"use_cache": false}'),
+        cls=Mixed,
+    )
+    assert args.model_init_kwargs == {"use_cache": False}
+    assert args.packing is True
+    assert args.settings().modules == (("vision", "full"),)
+    assert dataclasses.replace(args, checkpointing_every_n=2).settings().every_n == 2
+    assert Mixed(**without_tokens(args)).settings() == args.settings()
