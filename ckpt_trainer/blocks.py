@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-MIN_GROUP_SHARE = 0.01  # of all parameters; smaller groups are adapters, position tables and the like
+MIN_GROUP_SHARE = 0.01  # of all parameters
 MIN_SHARED_BLOCK_SHARE = 0.1
 
 
@@ -104,15 +104,13 @@ class _Node:
     @property
     def may_be_block(self) -> bool:
         """Holds parameters and is more than a single linear map, convolution or norm."""
-        return bool(self.shapes) and (bool(self.children) or not _is_of_torch(self.core))
+        classes = (c for c in type(self.core).__mro__ if c is not nn.Module)
+        is_leaf = not self.children and any(c.__module__.startswith("torch.nn.") for c in classes)
+        return bool(self.shapes) and not is_leaf
 
 
 def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor and this attribute
-
-
-def _is_of_torch(module: nn.Module) -> bool:
-    return any(c.__module__.startswith("torch.nn.") and c is not nn.Module for c in type(module).__mro__)
 
 
 def _tree(model: nn.Module) -> _Node:
@@ -235,15 +233,13 @@ def _component(name: str, module: nn.Module, inherited: str, owner: PreTrainedMo
 def _component_of_model(model: PreTrainedModel, inherited: str, owner: PreTrainedModel | None) -> str:
     """By its main input, or by its type where that is left at the default. A model of parts is text, whatever it sees."""
     config, main = model.config, model.main_input_name
-    said = _said_by(*([main] if isinstance(main, str) else main))
     if owner is not None and config is owner.config:
-        return inherited if main == owner.main_input_name else "text" if main == "input_ids" else said or inherited
-    parts = {_said_by(key) for key, value in vars(config).items() if hasattr(value, "model_type")}
-    if "text" in parts or ("vision" in parts and hasattr(config, "vocab_size")):
+        return inherited
+    if any(hasattr(value, "model_type") and _said_by(key) == "text" for key, value in vars(config).items()):
         return "text"
-    kind = config.model_type.removesuffix("_model").removesuffix("_encoder").rpartition("_")[2]
-    sees_only = hasattr(config, "num_channels") and not hasattr(config, "vocab_size")
-    return said or _said_by(kind) or ("vision" if sees_only else "text")
+    last_word = config.model_type.removesuffix("_model").removesuffix("_encoder").rpartition("_")[2]
+    names = [main] if isinstance(main, str) else main
+    return _said_by(*names, last_word if owner is None else config.model_type) or "text"
 
 
 def _said_by(*names: str) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from ckpt_trainer import report
-from ckpt_trainer.blocks import find_blocks, largest_groups
+from ckpt_trainer.blocks import Block, find_blocks, largest_groups
 from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.gradient_check import GradientCheck
 from ckpt_trainer.install import Installed
@@ -31,6 +31,7 @@ from ckpt_trainer.prepare import (
     switched_off,
     without_input_grad_hooks,
 )
+from ckpt_trainer.recompute import Tally
 
 
 class Checkpointing:
@@ -44,7 +45,7 @@ class Checkpointing:
     Attributes:
         blocks: The blocks of the model, in forward order.
         plan: Their actions.
-        installed: What carries the plan out, with its counts.
+        tally: What happened to their calls so far.
         forward_flops: FLOPs of the first forward, recompute not included; None until it is measured.
         num_steps: Forward and backward passes done.
 
@@ -56,6 +57,7 @@ class Checkpointing:
         self.model = model
         self.settings = settings
         self.blocks = find_blocks(model)
+        self.tally = Tally()
         self.forward_flops: int | None = None
         self.num_steps = 0
         self._use_cache = UseCache(model)
@@ -84,7 +86,7 @@ class Checkpointing:
     def _carry_out(self) -> None:
         self._trainable = [block.trainable for block in self.blocks]
         self.plan: Plan = make_plan(self.blocks, self.settings)
-        self.installed = Installed(self.blocks, self.plan, self.settings)
+        self._installed = Installed(self.blocks, self.plan, self.settings, self.tally)
 
     @property
     def _cache_wanted(self) -> bool | None:
@@ -126,65 +128,77 @@ class Checkpointing:
                 stack.enter_context(self._use_cache.set_to(self._cache_wanted))
             if first and len(self.plan):
                 stack.enter_context(self._first_step())
-            stack.enter_context(self.installed)
+            stack.enter_context(self._installed)
             try:
                 yield
             except CheckpointError as error:
-                raise CheckpointError(report.explain_mismatch(error, self.installed.tally, self.blocks)) from error
+                raise CheckpointError(report.explain_mismatch(error, self.tally, self.blocks)) from error
         self.num_steps += 1
 
     @contextmanager
     def _first_step(self) -> Iterator[None]:
         """Measure the forward and check the gradients, once."""
         with ExitStack() as stack:
-            if not _is_compiled(self.model):
+            if _can_count(self.model):
                 stack.enter_context(self._counted_forward())
-            check = stack.enter_context(GradientCheck(self.model)) if self.settings.self_check else None
+            check = stack.enter_context(GradientCheck(self._recomputed)) if self.settings.self_check else None
             yield
-        if check is not None and (missing := check.missing()):
-            text = report.explain_missing(missing, self.blocks, self.settings)
-            if self.settings.use_reentrant:
-                raise RuntimeError(text)
-            self._say(logging.WARNING, text)
+        missing = check.missing() if check is not None else []
+        replayed = tuple(f"{name}." for name in self.tally.replays)
+        lost = [name for name in missing if name.startswith(replayed)]
+        if lost and self.settings.use_reentrant:
+            raise RuntimeError(report.explain_lost(lost, self._recomputed))
+        if missing:
+            self._say(logging.WARNING, report.explain_unreached(missing))
+
+    @property
+    def _recomputed(self) -> list[Block]:
+        return [block for block in self.blocks if self.plan[block.name].kind == "recompute"]
 
     @contextmanager
     def _counted_forward(self) -> Iterator[None]:
-        counter = FlopCounter()
+        running = ExitStack()
 
         def start(module: nn.Module, args: Any) -> None:
-            if self.installed.counter is None and self.forward_flops is None:
-                self.installed.counter = counter.__enter__()
+            if self.tally.counter is None and self.forward_flops is None:
+                self.tally.counter = running.enter_context(FlopCounter())
 
         def stop(module: nn.Module, args: Any, output: Any) -> None:
-            if self.installed.counter is not None:
-                self.forward_flops = counter.total
-                self.installed.counter = None
-                counter.__exit__(None, None, None)
+            if self.tally.counter is not None:
+                self.forward_flops = self.tally.counter.total
+                self.tally.counter = None
+                running.close()
 
-        before = self.model.register_forward_pre_hook(start)
-        # Also after a forward that raised: a mode left on the stack would count for ever.
-        after = self.model.register_forward_hook(stop, always_call=True)
+        hooks = [
+            self.model.register_forward_pre_hook(start),
+            # Also after a forward that raised; after a KeyboardInterrupt, for which torch calls no hook, see below.
+            self.model.register_forward_hook(stop, always_call=True),
+        ]
         try:
             yield
         finally:
-            before.remove()
-            after.remove()
-            if self.installed.counter is not None:
-                # torch calls no hook after a KeyboardInterrupt.
-                self.installed.counter = None
-                counter.__exit__(None, None, None)
+            for hook in hooks:
+                hook.remove()
+            self.tally.counter = None
+            running.close()
 
     def report(self) -> dict[str, Any]:
         """What was done so far, as plain data; see `report.memory_report`."""
-        return report.memory_report(self.plan, self.blocks, self.installed, self.forward_flops, self.num_steps)
+        return report.memory_report(self.plan, self.blocks, self.tally, self.forward_flops, self.num_steps)
 
     def _say(self, level: int, text: str) -> None:
         if not self._quiet:
             logger.log(level, text)
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+def _can_count(model: nn.Module) -> bool:
+    """Whether the ops of a forward can be counted: not if they are compiled, by the user or within flex attention."""
+    return not any(
+        hasattr(module, "_orig_mod")
+        or module._compiled_call_impl is not None
+        or "flex" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+        for module in model.modules()
+    )
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     A multiplication and an addition are two; elementwise ops are none; causal attention counts as full, as in torch.
     What a kernel that torch has no formula for does is not seen. Results are bitwise those without the counter.
+    `flex_attention` does not run within: torch compiles it, and does not compile under a dispatch mode.
 
     A block under torch's non-reentrant checkpoint counts once more in backward, without what early stop leaves out:
     recompute ends when the last tensor that backward needs is there, so a matmul whose result nobody saves (the last
@@ -76,9 +77,6 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Attributes:
         total: Operations so far, readable at any time; a second `with` on the same counter goes on from there.
     """
-
-    # For flex_attention, which is one; a mode that does not say so makes it fail.
-    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -90,7 +88,7 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
-        op = getattr(func, "_overloadpacket", func)
+        op = func._overloadpacket
         if op in flop_registry:
             formula: Any = flop_registry[op]
             self.total += formula(*args, **kwargs, out_val=out)
@@ -102,12 +100,8 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _is_composite(func: Any, args: Any) -> bool:
     # In inference mode an op that is made of others, and of nothing else on this device, arrives whole, with its
     # matmuls inside. Its own C++ composition is what would run anyway.
-    has_kernel, composite = (
-        torch._C._dispatch_has_kernel_for_dispatch_key,
-        torch._C.DispatchKey.CompositeImplicitAutograd,
-    )
-    is_op = isinstance(func, torch._ops.OpOverload)
-    if not is_op or not has_kernel(func.name(), composite):
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd):
         return False
     devices = {leaf.device.type for leaf in tree_iter(args) if isinstance(leaf, Tensor)}
     return not any(has_kernel(func.name(), torch._C._dispatch_key_for_device(device)) for device in devices)

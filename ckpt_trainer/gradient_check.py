@@ -1,38 +1,42 @@
-"""After the first backward: has every trainable parameter that took part a gradient?
+"""After the first backward: has every trainable parameter of a recomputed block that took part a gradient?
 
 The reentrant variant loses gradients without a word where a block passes tensors on by other ways than its return
-value. Elsewhere a missing gradient is the model's own doing, and worth a warning: adapters in a part that runs under
-`no_grad` never train.
+value. Elsewhere a missing gradient is the model's own doing, and worth a word: adapters in a part whose result is not
+used, or that runs under `no_grad`, never train.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ckpt_trainer.blocks import Block
+
 
 class GradientCheck:
     """Watch one forward and backward; enter before it, ask `missing` after it.
 
     Args:
-        model: The model, wrapped or not.
+        blocks: The blocks to watch.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._owners = {
-            name: module
-            for name, module in model.named_modules()
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._owners = [
+            (f"{block.name}.{name}" if name else block.name, module)
+            for block in blocks
+            for name, module in block.module.named_modules()
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        }
+        ]
         self._ran: set[nn.Module] = set()
         self._reached: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> GradientCheck:
-        for module in self._owners.values():
+        for _, module in self._owners:
             self._handles.append(module.register_forward_pre_hook(self._note_run))
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and parameter.is_leaf:
@@ -55,8 +59,8 @@ class GradientCheck:
         Empty where no parameter got one: then gradients are kept elsewhere (DeepSpeed) and nothing can be said.
         """
         entries = [
-            (f"{name}.{key}" if name else key, parameter)
-            for name, module in self._owners.items()
+            (f"{name}.{key}", parameter)
+            for name, module in self._owners
             if module in self._ran
             for key, parameter in module.named_parameters(recurse=False)
             if parameter.requires_grad

@@ -15,7 +15,6 @@ from torch import nn
 
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.plan import Plan, Settings
 from ckpt_trainer.recompute import Replayable, Tally, Variant
 
@@ -27,21 +26,14 @@ class Installed:
         blocks: The blocks of the model.
         plan: An action for each of them.
         settings: How to carry the plan out.
-
-    Attributes:
-        tally: Calls and replays counted so far.
-        block_flops: FLOPs of one forward of each block to be replayed, from calls made while `counter` was set.
-        counter: A running counter of FLOPs, set while a forward is to be measured.
+        tally: Where calls and replays are counted.
     """
 
-    def __init__(self, blocks: Sequence[Block], plan: Plan, settings: Settings) -> None:
-        self.tally = Tally()
-        self.block_flops: dict[str, int] = {}
-        self.counter: FlopCounter | None = None
+    def __init__(self, blocks: Sequence[Block], plan: Plan, settings: Settings, tally: Tally) -> None:
         replayed = [block for block in blocks if plan[block.name].kind == "recompute"]
         first_of_stack = {block.stack: block.name for block in reversed(blocks)}
         self._forwards = [
-            _Forward(self, block.module, _replayable(block, settings, first_of_stack, self.tally)) for block in replayed
+            _Forward(block.module, _replayable(block, settings, first_of_stack, tally)) for block in replayed
         ]
 
     def __enter__(self) -> Installed:
@@ -69,20 +61,13 @@ def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str]
 class _Forward:
     """The `forward` of one block while a plan is in force."""
 
-    def __init__(self, owner: Installed, module: nn.Module, block: Replayable) -> None:
-        self._owner = owner
+    def __init__(self, module: nn.Module, block: Replayable) -> None:
         self._module = module
         self._block = block
         self._original: Callable[..., Any] = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        counter = self._owner.counter
-        if counter is None:
-            return self._block.run(self._original, args, kwargs)
-        before = counter.total
-        output = self._block.run(self._original, args, kwargs)
-        self._owner.block_flops[self._block.name] = counter.total - before
-        return output
+        return self._block.run(self._original, args, kwargs)
 
     def put(self) -> None:
         # Asked for now and not kept: accelerate and others may have put a forward of their own on the instance.

@@ -29,8 +29,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 _SUFFIXES = ("B", "KiB", "MiB", "GiB", "TiB")
-_UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1)}
+_UNITS = {"": 1, "b": 1} | {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1)}
 _UNITS |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*([0-9]+(\.[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
@@ -40,13 +39,11 @@ _FRESH = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.defa
 
 def format_bytes(n: int) -> str:
     """`n` bytes in three digits and a binary unit: "512 B", "12.3 MiB", "1.50 GiB" (GiB = 2**30)."""
-    if abs(n) < 1024:
-        return f"{n} B"
     size, unit = float(n), 0
     # 1023.5 and not 1024: what would round to "1024 MiB" is "1.00 GiB".
     while abs(size) >= 1023.5 and unit < len(_SUFFIXES) - 1:
         size, unit = size / 1024, unit + 1
-    decimals = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
+    decimals = 0 if unit == 0 or abs(size) >= 99.95 else 1 if abs(size) >= 9.995 else 2
     return f"{size:.{decimals}f} {_SUFFIXES[unit]}"
 
 
@@ -62,18 +59,16 @@ def parse_bytes(text: str | int) -> int:
     unit = _UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None or (unit == 1 and match[2]):
         raise ValueError(
-            f"{text!r} is not a number of bytes. Write it like '20GiB', '1.5 MiB' (powers of 1024), '512MB' (powers of "
-            "1000) or 1024 (bytes)."
+            f"{text!r} is not a size. Write '20GiB', '1.5 MiB' (of 1024), '512MB' (of 1000) or 1024 (bytes)."
         )
     return int(Decimal(match[1]) * unit)
 
 
 def _is_counted(device: torch.device | str) -> bool:
     kind, accelerator = torch.device(device).type, torch.accelerator.current_accelerator()
-    if accelerator is None or accelerator.type != kind:
-        return False
-    # Some accelerators (Apple's) have an allocator that does not count.
-    return hasattr(torch.get_device_module(kind), "max_memory_allocated")
+    is_accelerator = accelerator is not None and accelerator.type == kind
+    # Apple's is one whose allocator does not count.
+    return is_accelerator and hasattr(torch.get_device_module(kind), "max_memory_allocated")
 
 
 def peak_bytes(device: torch.device | str) -> int | None:
@@ -118,18 +113,15 @@ def _ask_psutil(field: str) -> int | None:
 
 def _tensors(owners: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:
     for owner in owners:
-        if isinstance(owner, Tensor):
-            yield owner
-        else:
-            yield from owner.parameters()
-            yield from owner.buffers()
+        yield from (owner,) if isinstance(owner, Tensor) else (*owner.parameters(), *owner.buffers())
 
 
 def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         return [storage for name in names for storage in _storages(getattr(tensor, name))]
-    # A sparse tensor has no storage; its indices and values are tensors of their own, seen when they were made.
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
     return [tensor.untyped_storage()] if tensor.layout is torch.strided else []
 
 
@@ -147,12 +139,11 @@ class _Saved:
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
     """Counts the bytes that autograd holds for backward, of what is computed within the context.
 
-    It counts what is held at the moment it is read, within the context or after it: all of it at the end of forward,
-    nothing once backward has run or the graph is dropped. A storage counts once and whole, however many tensors and
-    views of it are saved. Losses and gradients are as without it, and no tensor lives longer.
-
-    What other saved-tensor hooks within the context take for themselves is not seen: a block under torch's
-    non-reentrant checkpoint counts with its inputs, and what selective checkpointing or offload store, not at all.
+    It counts what is held when it is read, within the context or after it: all at the end of forward, nothing once
+    backward has run or the graph is dropped. A storage counts once and whole, however many tensors and views of it are
+    saved. Losses and gradients are as without it, and no tensor lives longer. What other saved-tensor hooks within the
+    context take is not seen: a block under torch's non-reentrant checkpoint counts with its inputs, and what selective
+    checkpointing or offload store, not at all.
 
     Args:
         exclude: Modules (their parameters and buffers) and tensors that are there anyway and do not count.
@@ -165,6 +156,10 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
         self._exclude = exclude
         self._saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def __enter__(self) -> SavedBytes:  # type: ignore[override]  # torch's gives None
+        super().__enter__()
+        return self
 
     @property
     def bytes(self) -> int:
@@ -192,8 +187,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         if saved.tensor._version != saved.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {list(saved.tensor.shape)} is at version {saved.tensor._version}; "
-                f"expected version {saved.version} instead."
+                f"{list(saved.tensor.shape)} is at version {saved.tensor._version}; expected version {saved.version}"
             )
         return saved.tensor
 
@@ -203,8 +197,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Gives on a CPU what an accelerator's allocator gives there, exactly and repeatably: activations, gradients,
     optimizer states, recomputed tensors, temporaries between ops. Not seen are the workspace inside one op and what is
-    made without one (`torch.from_numpy`, the 5 KB of a random state that torch's checkpoint keeps for each block). A
-    storage resized without an op counts anew from the next op that takes it.
+    made without one (`torch.from_numpy`, the random state that torch's checkpoint keeps, 5 KB a block). What is resized
+    without one counts anew from the next op that takes it. `flex_attention` does not run within, as under any mode.
 
     Args:
         baseline: Modules (their parameters, buffers and gradients) and tensors that count from the start.

@@ -74,7 +74,7 @@ class Settings:
     self_check: bool = True
     preserve_rng_state: bool | None = None
     use_cache: bool | None = None
-    named: bool = False
+    named: bool = field(default=False, compare=False)
     checkpoint_options: Mapping[str, Any] = field(default_factory=dict)
 
 

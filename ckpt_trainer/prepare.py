@@ -7,7 +7,7 @@ changes, it puts back.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -155,14 +155,16 @@ def _hooked_by(model: nn.Module, enable: Any) -> list[nn.Module]:
     owners = [module for module in model.modules() if hasattr(module, "enable_input_require_grads")]
     stored = {"_require_grads_hook", "_require_grads_hooks"}
     kept = [(owner, {key: vars(owner)[key] for key in stored & set(vars(owner))}) for owner in owners]
-    enable()
+    # Models without token embeddings raise, or warn and hook nothing.
+    with suppress(NotImplementedError):
+        enable()
     hooked = [module for module, keys in before.items() if set(module._forward_hooks) - keys]
     for module in hooked:
         for key in set(module._forward_hooks) - before[module]:
             del module._forward_hooks[key]
     for owner, values in kept:
-        for key in stored:
-            vars(owner).pop(key, None)
+        for attribute in stored:
+            vars(owner).pop(attribute, None)
         vars(owner).update(values)
     return hooked
 

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_trainer.block_state import BlockState, Snapshot, buffers_as
+from ckpt_trainer.flops import FlopCounter
 
 
 @dataclass
@@ -38,11 +39,15 @@ class Tally:
             off), or why a call could not be replayed.
         replays: Replays by block name.
         last_replayed: Name of the block replayed last; where a replay does not match its forward, this is the block.
+        block_flops: FLOPs of one forward of each block, from the calls made while `counter` was set.
+        counter: Counts FLOPs while a forward is measured.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     replays: Counter[str] = field(default_factory=Counter)
     last_replayed: str | None = None
+    block_flops: dict[str, int] = field(default_factory=dict)
+    counter: FlopCounter | None = None
 
 
 @dataclass(frozen=True)
@@ -149,8 +154,12 @@ class _Call:
         state = self.block.state
         snapshot = state.snapshot()
         device = tensors[0].device if tensors else torch.device("cpu")
+        tally = self.block.tally
+        before = tally.counter.total if tally.counter else 0
         with nullcontext() if state.watched else state.watch(snapshot, device):
             output = self.forward(*args, **kwargs)
+        if tally.counter:
+            tally.block_flops[self.block.name] = tally.counter.total - before
         self.before = state.needed(snapshot)
         return output
 
@@ -223,7 +232,7 @@ def _require_grad_of_one(tensors: list[Tensor]) -> None:
 
 def _refuse_side_channels(name: str, values: Sequence[Any]) -> None:
     for value in values:
-        if isinstance(value, (dict, list)):
+        if isinstance(value, dict) or (isinstance(value, list) and any(item is not None for item in value)):
             raise ValueError(
                 f"checkpointing_use_reentrant=True gives wrong gradients here: block {name!r} is handed a "
                 f"{type(value).__name__}, through which blocks can pass tensors that the reentrant variant cuts from "

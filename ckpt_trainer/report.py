@@ -14,7 +14,6 @@ from torch import nn
 
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.install import Installed
 from ckpt_trainer.plan import Plan, Settings
 from ckpt_trainer.recompute import Tally
 
@@ -43,7 +42,7 @@ def _why_not(plan: Plan, block: Block) -> str:
 
 
 def memory_report(
-    plan: Plan, blocks: Sequence[Block], installed: Installed, forward_flops: int | None, num_steps: int
+    plan: Plan, blocks: Sequence[Block], tally: Tally, forward_flops: int | None, num_steps: int
 ) -> dict[str, Any]:
     """What was done so far.
 
@@ -58,10 +57,10 @@ def memory_report(
         kinds.setdefault(block.component, Counter())[plan[block.name].kind] += 1
     return {
         "blocks": {component: dict(counts) for component, counts in kinds.items()},
-        "calls": dict(installed.tally.calls),
-        "recomputed_blocks": sum(installed.tally.replays.values()),
-        "recomputed_by_block": dict(installed.tally.replays),
-        "recomputed_flops_share": flops_share(installed.tally.replays, installed.block_flops, forward_flops, num_steps),
+        "calls": dict(tally.calls),
+        "recomputed_blocks": sum(tally.replays.values()),
+        "recomputed_by_block": dict(tally.replays),
+        "recomputed_flops_share": flops_share(tally.replays, tally.block_flops, forward_flops, num_steps),
         "num_steps": num_steps,
         "memory": memory_bytes(blocks[0].module if blocks else None),
         "plan": {name: str(action) for name, action in plan.actions.items()},
@@ -113,18 +112,25 @@ def explain_mismatch(error: Exception, tally: Tally, blocks: Sequence[Block]) ->
     )
 
 
-def explain_missing(missing: Sequence[str], blocks: Sequence[Block], settings: Settings, limit: int = 5) -> str:
-    """Why trainable parameters got no gradient in the first backward, and what to do."""
-    shown = ", ".join(missing[:limit]) + (f" and {len(missing) - limit} more" if len(missing) > limit else "")
-    name = next((block.name for block in blocks if f"{block.name}." in missing[0]), None)
-    where = f" (block {name!r})" if name else ""
-    what = f"{len(missing)} trainable parameters took part in the first step and got no gradient: {shown}{where}."
-    if settings.use_reentrant:
-        return (
-            f"{what} The reentrant variant cuts what leaves a block by another way than its return value. "
-            "Set checkpointing_use_reentrant=False; checkpointing_self_check=False if they are meant to get none."
-        )
+def explain_lost(names: Sequence[str], blocks: Sequence[Block]) -> str:
+    """The reentrant variant cost parameters of blocks that were replayed their gradients: which, why, what to do."""
+    block = next(block.name for block in blocks if names[0].startswith(f"{block.name}."))
     return (
-        f"{what} Recomputing is not the cause: their result is not part of the loss, or is computed under no_grad. "
-        "Freeze them, or look there; checkpointing_self_check=False ends this check."
+        f"the first backward gave no gradient to {_some(names)}, in block {block!r} and its like, which was replayed. "
+        "The reentrant variant cuts what leaves a block by another way than its return value. Set "
+        "checkpointing_use_reentrant=False; or checkpointing_self_check=False, if they are meant to get none."
     )
+
+
+def explain_unreached(names: Sequence[str]) -> str:
+    """Trainable parameters that ran and got no gradient, by no fault of the replay."""
+    return (
+        f"the first backward gave no gradient to {_some(names)}, whose modules ran. Recomputing is not the cause: what "
+        "they compute is not part of the loss, or they run under no_grad. Freeze them to save memory, or look there; "
+        "checkpointing_self_check=False ends this check."
+    )
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    more = f" and {len(names) - limit} more parameters" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

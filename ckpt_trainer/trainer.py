@@ -21,7 +21,10 @@ from ckpt_trainer.training_args import settings_of
 # What makes transformers turn on its own checkpointing; the newer name and the older one.
 _SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
 
-_Base = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class CheckpointingMixin(_Base):
@@ -32,9 +35,9 @@ class CheckpointingMixin(_Base):
     """
 
     _checkpointing: Checkpointing | None = None
-    _use_cache: UseCache | None = None
-    _switches: _Switches | None = None
-    _replays_logged: int = 0
+    _checkpointing_use_cache: UseCache | None = None
+    _checkpointing_switches: _Switches | None = None
+    _checkpointing_logged: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,29 +48,29 @@ class CheckpointingMixin(_Base):
             cls.__signature__ = inspect.signature(parent)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._remember_use_cache(kwargs.get("model", args[0] if args else None))
+        self._checkpointing_remember(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         settings_of(self.args)
-        if self._use_cache is not None:
-            self._use_cache.restore()
+        if self._checkpointing_use_cache is not None:
+            self._checkpointing_use_cache.restore()
         # First in the list, so that other callbacks see the arguments as the user gave them.
         self.callback_handler.callbacks.insert(0, _TrainBegin(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         # By now the model exists also where a trainer loads it by name.
-        self._remember_use_cache(getattr(self, "model", None))
+        self._checkpointing_remember(getattr(self, "model", None))
         super().create_accelerator_and_postprocess()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        self._use_cache = None
+        self._checkpointing_use_cache = None
         model: nn.Module = super().call_model_init(trial)
-        self._remember_use_cache(model)
+        self._checkpointing_remember(model)
         return model
 
-    def _remember_use_cache(self, model: Any) -> None:
+    def _checkpointing_remember(self, model: Any) -> None:
         # Trainer.__init__ overwrites it for good.
-        if self._use_cache is None and isinstance(model, nn.Module):
-            self._use_cache = UseCache(model)
+        if self._checkpointing_use_cache is None and isinstance(model, nn.Module):
+            self._checkpointing_use_cache = UseCache(model)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         # Unused parameters are looked for as without checkpointing: only the reentrant variant cannot have it so.
@@ -77,22 +80,24 @@ class CheckpointingMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._checkpointing = None
-        self._replays_logged = 0
-        with _Switches(self.args) as self._switches:
+        self._checkpointing_logged = 0
+        with _Switches(self.args) as self._checkpointing_switches:
             try:
                 return super().train(*args, **kwargs)
             finally:
                 # As a model that was loaded: `generate` right after training gives what the saved model gives.
-                self.model.eval()
+                if isinstance(self.model, nn.Module):
+                    self.model.eval()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # May run more than once in a train(): with auto_find_batch_size after each failure.
-        with _Switches(self.args) as self._switches:
+        with self._checkpointing_switches or _Switches(self.args):
             return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._checkpointing_of(model).step():
-            return super().training_step(model, *args, **kwargs)
+            loss: torch.Tensor = super().training_step(model, *args, **kwargs)
+            return loss
 
     def _checkpointing_of(self, model: nn.Module) -> Checkpointing:
         if self._checkpointing is None or self._checkpointing.model is not model:
@@ -102,14 +107,14 @@ class CheckpointingMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._checkpointing is not None:
-            logs = {**logs, **self._metrics(self._checkpointing)}
+            logs = {**logs, **self._checkpointing_metrics(self._checkpointing)}
         super().log(logs, *args, **kwargs)
 
-    def _metrics(self, checkpointing: Checkpointing) -> dict[str, float]:
+    def _checkpointing_metrics(self, checkpointing: Checkpointing) -> dict[str, float]:
         report = checkpointing.report()
         replays = report["recomputed_blocks"]
-        metrics = {"recomputed_blocks": replays - self._replays_logged, **report["memory"]}
-        self._replays_logged = replays
+        metrics = {"recomputed_blocks": replays - self._checkpointing_logged, **report["memory"]}
+        self._checkpointing_logged = replays
         if report["recomputed_flops_share"] is not None:
             metrics["recomputed_flops_share"] = round(report["recomputed_flops_share"], 4)
         return {f"checkpointing/{key}": value for key, value in metrics.items()}
@@ -119,8 +124,10 @@ class CheckpointingMixin(_Base):
 
         Before the first training step: the plan alone, nothing counted yet.
         """
-        state = self._checkpointing or Checkpointing(self.model, settings_of(self.args), quiet=True)
-        return state.report()
+        if self._checkpointing is None:
+            assert isinstance(self.model, nn.Module)
+            return Checkpointing(self.model, settings_of(self.args), quiet=True).report()
+        return self._checkpointing.report()
 
 
 class _Switches:
@@ -145,7 +152,7 @@ class _Switches:
         self()
 
 
-class _TrainBegin(TrainerCallback):  # type: ignore[misc]
+class _TrainBegin(TrainerCallback):
     """At the start of training: give the switches of transformers back, make the plan and say what it is."""
 
     def __init__(self, trainer: CheckpointingMixin) -> None:
@@ -154,14 +161,14 @@ class _TrainBegin(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._trainer._switches is not None:
-            self._trainer._switches()
+        if self._trainer._checkpointing_switches is not None:
+            self._trainer._checkpointing_switches()
         self._trainer._checkpointing_of(self._trainer.model_wrapped)
 
 
-class CheckpointedTrainer(CheckpointingMixin, Trainer):  # type: ignore[misc]
+class CheckpointedTrainer(CheckpointingMixin, Trainer):
     """`transformers.Trainer` with activation checkpointing; takes what `Trainer` takes."""
 
 
-class CheckpointedSeq2SeqTrainer(CheckpointingMixin, Seq2SeqTrainer):  # type: ignore[misc]
+class CheckpointedSeq2SeqTrainer(CheckpointingMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with activation checkpointing; takes what `Seq2SeqTrainer` takes."""

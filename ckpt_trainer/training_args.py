@@ -140,8 +140,9 @@ def settings_of(args: TrainingArguments) -> Settings:
         theirs = (f"{label}[{key!r}]={options[key]!r}", options[key], options_said) if key in options else None
         return _settle(args, flag, own[flag], theirs)
 
+    hf_flag = _read_hf_flag(args)
     settings = Settings(
-        mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], _read_hf_flag(args)) or "full",
+        mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], hf_flag) or "full",
         modules=_read_modules(getattr(args, "checkpointing_modules", None)),
         every_n=settle("checkpointing_every_n", "every_n_layers"),
         skip_frozen=own["checkpointing_skip_frozen"],
@@ -149,7 +150,8 @@ def settings_of(args: TrainingArguments) -> Settings:
         input_grads=own["checkpointing_input_grads"],
         self_check=own["checkpointing_self_check"],
         preserve_rng_state=options.get("preserve_rng_state"),
-        use_cache=bool(getattr(args, "use_cache", False)),
+        use_cache=getattr(args, "use_cache", None),
+        named=own["checkpointing_mode"] is not None or (hf_flag is not None and hf_flag[2]),
         checkpoint_options={key: options[key] for key in _TORCH_OPTIONS if key in options},
     )
     _refuse_reentrant_options(settings, label)

@@ -35,17 +35,20 @@ def plain_model(**config):
     return llama(use_cache=False, **config)
 
 
+_WRITTEN_BY_SAVING = ("architectures", "dtype", "torch_dtype")
+
+
 def state_of(model):
     """All that training may leave behind on a model, weights excepted."""
     modules = list(model.named_modules())
     return {
-        "attributes": {name: sorted(key for key in vars(module) if key != "training") for name, module in modules},
+        "forwards": {name: [vars(module).get(key) for key in ("forward", "generate")] for name, module in modules},
         "switches": {name: vars(module).get("gradient_checkpointing") for name, module in modules},
         "hooks": {
             name: [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
             for name, module in modules
         },
-        "config": copy.deepcopy(model.config.to_dict()),
+        "config": {key: value for key, value in model.config.to_dict().items() if key not in _WRITTEN_BY_SAVING},
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
     }
 
@@ -172,7 +175,10 @@ def test_nothing_is_on_the_model_outside_of_a_step_however_training_ends(tmp_pat
     else:
         with pytest.raises(error):
             trainer.train()
-    assert all(switch and cache is True and state == before for _, switch, cache, state in notes.seen)
+    assert notes.seen
+    for where, switch, cache, state in notes.seen:
+        assert (where, switch, cache) == (where, True, True)
+        assert state == before
     assert state_of(model) == before
     assert not model.training
     assert args.gradient_checkpointing is True
@@ -181,18 +187,15 @@ def test_nothing_is_on_the_model_outside_of_a_step_however_training_ends(tmp_pat
 def test_an_exception_in_the_forward_leaves_nothing(tmp_path):
     model = llama()
     before = state_of(model)
-    attention = model.model.layers[2].mlp
-    real = attention.forward
 
     def fail(*args):
         raise KeyboardInterrupt
 
-    attention.forward = fail
+    handle = model.model.layers[2].mlp.register_forward_pre_hook(fail)
     trainer = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(8))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    attention.forward = real
-    del attention.forward
+    handle.remove()
     assert state_of(model) == before
     assert len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()) == 0
 
@@ -256,7 +259,7 @@ def test_generate_right_after_training_gives_the_tokens_of_the_saved_model(tmp_p
     model = llama(attention_dropout=0.5)
     trainer = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(16))
     trainer.train()
-    prompt = torch.tensor([text_dataset(1)[0]["input_ids"][:4]])
+    prompt = text_dataset(1)[0]["input_ids"][None, :4]
     tokens = model.generate(prompt, max_new_tokens=8, do_sample=False)
     trainer.save_model(str(tmp_path / "final"))
     reloaded = type(model).from_pretrained(str(tmp_path / "final"))
@@ -273,7 +276,7 @@ def test_generate_inside_of_a_training_step_is_right(tmp_path):
             tokens["reference"] = reference.generate(prompt, max_new_tokens=6, do_sample=False)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
-    model = llama()
+    model = llama(attention_dropout=0.0)
     reference = copy.deepcopy(model)
     Generates(model, arguments(tmp_path, max_steps=1), train_dataset=text_dataset(8)).train()
     assert torch.equal(tokens["in step"], tokens["reference"])
@@ -314,7 +317,7 @@ def test_unfreezing_during_training_is_noticed_at_the_next_step(tmp_path):
     class Counts(CheckpointedTrainer):
         def training_step(self, *args, **kwargs):
             loss = super().training_step(*args, **kwargs)
-            counts.append(dict(self._checkpointing.installed.tally.calls))
+            counts.append(dict(self._checkpointing.tally.calls))
             return loss
 
     counts = []
@@ -412,7 +415,9 @@ def test_gradient_accumulation_and_clipping(tmp_path):
     assert_same_training(plain, trained(tmp_path, **flags))
 
 
-@pytest.mark.parametrize("flags", [{"bf16": True}, {"neftune_noise_alpha": 5}, {"label_smoothing_factor": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"bf16": True}, {"neftune_noise_alpha": 5}, {"label_smoothing_factor": 0.1}], ids=str
+)
 def test_precision_noise_and_smoothing(tmp_path, flags):
     plain = trained(tmp_path, Trainer, TrainingArguments, **flags)
     assert_same_training(plain, trained(tmp_path, **flags))

@@ -1,12 +1,13 @@
 """Models small enough to train a step in a test, one for each way in which architectures differ, built without network.
 
-`CASES` has what the installed transformers can build. Building seeds torch, so two builds of one case are equal.
+Every case builds under transformers 4.57 and 5.23. Building seeds torch, so two builds of one case are equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ def text_dataset(n: int, length: int = 12) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, IMAGE_TOKEN, (length,), generator=generator) for _ in range(n)]
     return [{"input_ids": row, "labels": row.clone()} for row in rows]
+
+
+def tokenizer() -> Any:
+    """A tokenizer of words and single letters, for trainers that want text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *["the", "cat", "sat", "on", "a", "mat"]]
+    vocabulary = {word: place for place, word in enumerate(words)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
 def _normal(*shape: int) -> Tensor:
@@ -87,15 +100,15 @@ def _llava_batch() -> dict[str, Tensor]:
 def _qwen_vl_batch() -> dict[str, Tensor]:
     grid = torch.tensor([[1, 4, 4], [1, 4, 4]])  # frames, rows and columns of patches; four patches make one token
     batch = {**_with_image_tokens(4), "pixel_values": _normal(32, 3 * 2 * 4 * 4), "image_grid_thw": grid}
-    return {**batch, "mm_token_type_ids": (batch["input_ids"] == IMAGE_TOKEN).long()} if _IS_V5 else batch
+    forward = transformers.Qwen2_5_VLForConditionalGeneration.forward
+    if "mm_token_type_ids" in signature(forward).parameters:  # wanted by transformers 5, unknown to 4
+        batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE_TOKEN).long()
+    return batch
 
 
 def _plain_text_batch() -> dict[str, Tensor]:
     return {name: value for name, value in _text_batch().items() if name != "attention_mask"}
 
-
-# The one argument that differs: transformers 5 wants the kind of each token, transformers 4 does not know the name.
-_IS_V5 = int(transformers.__version__.split(".")[0]) >= 5
 
 _DECODER: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -193,18 +206,16 @@ def convnextv2(dropout: float = 0.1) -> nn.Module:
 def t5(dropout: float = 0.1) -> nn.Module:
     size = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": 64, "num_layers": 3, "num_heads": 4}
     tokens = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
-    return _new(
-        "T5ForConditionalGeneration", "T5Config", **size, **tokens, num_decoder_layers=2, dropout_rate=dropout
-    )
+    return _new("T5ForConditionalGeneration", "T5Config", **size, **tokens, num_decoder_layers=2, dropout_rate=dropout)
 
 
 def whisper(dropout: float = 0.1) -> nn.Module:
     size = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "num_mel_bins": 8, "encoder_layers": 3, "decoder_layers": 2}
-    heads = {name: 4 for name in ("encoder_attention_heads", "decoder_attention_heads")}
-    widths = {name: 64 for name in ("encoder_ffn_dim", "decoder_ffn_dim")}
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    widths = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64)
     lengths = {"max_source_positions": 20, "max_target_positions": 32}
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    drops = {name: dropout for name in ("dropout", "attention_dropout", "activation_dropout")}
+    drops = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), dropout)
     return _new(
         "WhisperForConditionalGeneration",
         "WhisperConfig",
@@ -275,7 +286,7 @@ def wav2vec2_conformer(dropout: float = 0.1) -> nn.Module:
     names = ("hidden_dropout", "attention_dropout", "activation_dropout", "feat_proj_dropout", "final_dropout")
     options = {
         **{name: value for name, value in _ENCODER.items() if name != "max_position_embeddings"},
-        **{name: dropout for name in (*names, "conformer_conv_dropout")},
+        **dict.fromkeys((*names, "conformer_conv_dropout"), dropout),
         "num_hidden_layers": 3,
         "conv_dim": [16, 16],
         "conv_kernel": [8, 4],
@@ -286,6 +297,7 @@ def wav2vec2_conformer(dropout: float = 0.1) -> nn.Module:
         "conv_depthwise_kernel_size": 3,
         "layerdrop": 0.0,
         "apply_spec_augment": False,
+        "ctc_loss_reduction": "mean",
         "ctc_zero_infinity": True,
     }
     return _new("Wav2Vec2ConformerForCTC", "Wav2Vec2ConformerConfig", **options)
@@ -370,7 +382,7 @@ def plain_transformer(dropout: float = 0.1, num_layers: int = 4) -> nn.Module:
     return PlainTransformer(dropout, num_layers).train()
 
 
-_ALL = (
+_CASES = (
     Case("llama", llama, _text_batch, "the common decoder"),
     Case("gpt2", gpt2, _text_batch, "positional arguments, learned positions, dropout in every block"),
     Case("bert", bert, _text_batch, "encoder"),
@@ -391,3 +403,5 @@ _ALL = (
     Case("residual_net", residual_net, _image_batch, "plain module with batch norm"),
     Case("plain_transformer", plain_transformer, _plain_text_batch, "plain module"),
 )
+
+CASES = {case.name: case for case in _CASES}
