@@ -1,6 +1,6 @@
 """Activation checkpointing for Hugging Face trainers: the same losses and gradients in less memory."""
 
-from ckpt_trainer.checkpointing import checkpointing
+from ckpt_trainer.engine import checkpointing
 from ckpt_trainer.plan import Action, Plan
 from ckpt_trainer.trainer import CheckpointedSeq2SeqTrainer, CheckpointedTrainer, CheckpointingMixin
 from ckpt_trainer.training_args import (

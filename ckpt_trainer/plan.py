@@ -112,7 +112,10 @@ class Plan:
         Raises:
             ValueError: The text is not JSON, has no `blocks`, or names an unknown action.
         """
-        data = json.loads(text)
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a plan is a JSON object; this text is not JSON: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("blocks"), dict):
             raise ValueError('a plan is a JSON object {"blocks": {block name: action}}; found none.')
         return cls({name: _read_action(name, entry) for name, entry in data["blocks"].items()})

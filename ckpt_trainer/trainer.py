@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ckpt_trainer import memory
-from ckpt_trainer.checkpointing import Checkpointing
+from ckpt_trainer.engine import Checkpointing
 from ckpt_trainer.prepare import UseCache
 from ckpt_trainer.training_args import settings_of
 
@@ -41,11 +41,10 @@ class CheckpointingMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__init__" not in vars(cls):
-            parent = next(
-                base for base in cls.__mro__[1:] if "__init__" in vars(base) and base is not CheckpointingMixin
-            )
-            cls.__signature__ = inspect.signature(parent)  # type: ignore[attr-defined]
+        owner = next(base for base in cls.__mro__ if "__init__" in vars(base) and base is not CheckpointingMixin)
+        signature = inspect.signature(vars(owner)["__init__"])
+        parameters = list(signature.parameters.values())[1:]
+        cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._checkpointing_remember(kwargs.get("model", args[0] if args else None))

@@ -22,7 +22,7 @@ from typing import Any, cast
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from .plan import INPUT_GRADS, MODES, PLANNED_MODES, Settings
+from ckpt_trainer.plan import INPUT_GRADS, MODES, PLANNED_MODES, Settings
 
 logger = logging.get_logger(__name__)
 
@@ -85,7 +85,9 @@ class CheckpointingArguments:
         for name in ("checkpointing_modules", *_HF_KWARGS):
             if isinstance(getattr(self, name, None), str):
                 _read_dict(name, getattr(self, name))  # Before super, whose parser fails without naming the flag.
-        super().__post_init__()  # type: ignore[misc]
+        # Alone they are flags for a loop of one's own.
+        if isinstance(self, TrainingArguments):
+            super().__post_init__()  # type: ignore[misc]
         # Not by _VALID_DICT_FIELDS: a list on this mixin would hide the longer one of the class it is mixed with.
         if isinstance(self.checkpointing_modules, str):
             self.checkpointing_modules = _read_dict("checkpointing_modules", self.checkpointing_modules)

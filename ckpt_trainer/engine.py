@@ -32,6 +32,7 @@ from ckpt_trainer.prepare import (
     without_input_grad_hooks,
 )
 from ckpt_trainer.recompute import Tally
+from ckpt_trainer.training_args import CheckpointingArguments
 
 
 class Checkpointing:
@@ -219,7 +220,8 @@ def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterato
     Args:
         model: Any module with repeated blocks, wrapped (PEFT, DDP, FSDP) or not.
         mode: As `checkpointing_mode`.
-        flags: The other fields of `Settings`: `modules`, `every_n`, `skip_frozen`, `use_reentrant`, `input_grads`, ...
+        flags: The other flags without their prefix: `modules`, `every_n`, `skip_frozen`, `use_reentrant`, `input_grads`,
+            `self_check`.
 
     Yields:
         What is in force: its `plan`, and `report()` for what happened under it.
@@ -227,6 +229,9 @@ def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterato
     Raises:
         ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
     """
-    state = Checkpointing(model, Settings(mode=mode, named=True, **flags))
+    arguments = CheckpointingArguments(
+        **{f"checkpointing_{key}": value for key, value in {"mode": mode, **flags}.items()}
+    )
+    state = Checkpointing(model, arguments.settings())
     with state.step():
         yield state

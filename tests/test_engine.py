@@ -1,0 +1,341 @@
+"""Plans in force: the context for one's own loop, the check of the first backward, reports and errors."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from tiny_models import CASES, llama, text_dataset
+from torch import nn
+from torch.utils.checkpoint import CheckpointError
+
+from ckpt_trainer import checkpointing, engine
+from ckpt_trainer.blocks import find_blocks
+from ckpt_trainer.flops import FlopCounter
+from ckpt_trainer.gradient_check import GradientCheck
+from ckpt_trainer.install import Installed
+from ckpt_trainer.plan import Settings
+from ckpt_trainer.policies import make_plan
+from ckpt_trainer.recompute import Tally
+
+
+def batch():
+    rows = text_dataset(2)
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def step(model):
+    torch.manual_seed(1)
+    loss = model(**batch()).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+
+def assert_equal(left, right):
+    for a, b in zip(left, right, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_loop_of_ones_own():
+    kept = step(llama(use_cache=False))
+    model = llama()
+    with checkpointing(model, mode="full") as state:
+        assert model.config.use_cache is False
+        replayed = step(model)
+    assert_equal(kept, replayed)
+    assert state.report()["recomputed_blocks"] == 4
+    assert model.config.use_cache is True
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_mode_that_does_not_exist():
+    with (
+        pytest.raises(ValueError, match="checkpointing_mode='ful' is not one of full, none"),
+        checkpointing(llama(), mode="ful"),
+    ):
+        pass
+
+
+def test_an_option_that_does_not_exist():
+    with pytest.raises(TypeError, match="every"), checkpointing(llama(), every=2):
+        pass
+
+
+def test_modules_may_be_a_dict():
+    with checkpointing(llama(), modules={"model.layers.0": "none"}) as state:
+        assert state.plan.count("recompute") == 3
+
+
+def test_the_forward_of_a_block_is_given_back():
+    model = llama(2)
+    mine = model.model.layers[0].forward
+    model.model.layers[0].forward = mine
+    with checkpointing(model):
+        assert model.model.layers[0].forward is not mine
+    assert model.model.layers[0].forward is mine
+    assert "forward" not in vars(model.model.layers[1])
+
+
+def test_state_dict_names_classes_and_copies_are_untouched_while_in_force():
+    model = llama(2)
+    names, classes = list(model.state_dict()), [type(module) for module in model.modules()]
+    with checkpointing(model):
+        assert list(model.state_dict()) == names
+        assert [type(module) for module in model.modules()] == classes
+
+
+def test_hooks_on_a_block_run_once():
+    model, calls = llama(2), []
+    model.model.layers[0].register_forward_hook(lambda *args: calls.append("forward"))
+    with checkpointing(model):
+        step(model)
+    assert calls == ["forward"]
+
+
+def test_installed_may_be_entered_again():
+    model = llama(2, use_cache=False)
+    blocks = find_blocks(model)
+    installed = Installed(blocks, make_plan(blocks, Settings()), Settings(), tally := Tally())
+    for _ in range(2):
+        with installed:
+            model(**batch()).loss.backward()
+        model(**batch()).loss.backward()
+    assert tally.replays == {"model.layers.0": 2, "model.layers.1": 2}
+
+
+def test_share_of_flops_recomputed_is_what_is_counted():
+    model = llama(4, use_cache=False)
+    with FlopCounter() as forward:
+        model(**batch())
+    with FlopCounter() as plain:
+        step(model)
+    with checkpointing(model) as state, FlopCounter() as replayed:
+        step(model)
+    assert state.forward_flops == forward.total
+    hidden, inner, tokens = 32, 64, 24
+    unused = 4 * 2 * tokens * hidden * inner  # early stop: the last matmul of each block is not run again
+    blocks = state.report()["recomputed_flops_share"] * forward.total
+    assert round(blocks) - unused == replayed.total - plain.total
+
+
+def test_top_two_of_eight_layers_cost_what_they_cost_without_checkpointing():
+    def flops(checkpointed):
+        model = llama(8, use_cache=False)
+        model.requires_grad_(False)
+        for layer in model.model.layers[-2:]:
+            layer.mlp.requires_grad_(True)
+        with FlopCounter() as counter:
+            if not checkpointed:
+                return step(model), counter.total
+            with checkpointing(model) as state:
+                result = step(model)
+        assert state.tally.calls == {"no graph": 6, "recompute": 2}
+        return result, counter.total
+
+    (kept, plain), (replayed, ours) = flops(False), flops(True)
+    assert_equal(kept, replayed)
+    assert ours <= 1.15 * plain
+
+
+class Chain(nn.Module):
+    """Blocks in a list, and a loss that may use what a block leaves on itself."""
+
+    def __init__(self, block, number=3):
+        super().__init__()
+        self.layers = nn.ModuleList([block() for _ in range(number)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean() + sum(getattr(layer, "aside", torch.zeros(())).sum() for layer in self.layers)
+
+
+class Aside(nn.Module):
+    """Leaves a tensor on itself; `router` gets its gradient by that way only."""
+
+    def __init__(self):
+        super().__init__()
+        self.main, self.router = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        self.aside = self.router(x).square()
+        return x + self.main(x)
+
+
+def test_reentrant_that_loses_a_gradient_is_an_error_that_names_it():
+    model = Chain(Aside)
+    message = r"no gradient to layers.0.router.weight.*block 'layers.0'.*checkpointing_use_reentrant=False"
+    with pytest.raises(RuntimeError, match=message), checkpointing(model, use_reentrant=True):
+        model(torch.ones(2, 4)).backward()
+
+
+def test_the_same_model_is_right_without_reentrant():
+    model = Chain(Aside)
+    kept = copy.deepcopy(model)
+    kept(torch.ones(2, 4)).backward()
+    with checkpointing(model):
+        model(torch.ones(2, 4)).backward()
+    assert_equal([p.grad for p in kept.parameters()], [p.grad for p in model.parameters()])
+
+
+def test_the_check_can_be_turned_off():
+    model = Chain(Aside)
+    with checkpointing(model, use_reentrant=True, self_check=False):
+        model(torch.ones(2, 4)).backward()
+    assert model.layers[0].router.weight.grad is None
+
+
+class Unused(Aside):
+    def forward(self, x):
+        self.router(x)
+        return x + self.main(x)
+
+
+def test_a_parameter_that_takes_no_part_is_a_warning_without_reentrant(caplog):
+    model = Chain(Unused)
+    with checkpointing(model):
+        model(torch.ones(2, 4)).backward()
+    assert "no gradient to layers.0.router.weight" in caplog.text
+    assert "Recomputing is not the cause" in caplog.text
+
+
+def test_no_warning_where_all_is_well_or_a_module_did_not_run(caplog):
+    class Idle(Aside):
+        def forward(self, x):
+            return x + self.main(x)
+
+    model = Chain(Idle)
+    with checkpointing(model):
+        model(torch.ones(2, 4)).backward()
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_the_check_sees_gradients_that_an_optimizer_takes_in_backward():
+    model = Chain(Aside)
+
+    def take(parameter):
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(take)
+    with GradientCheck(find_blocks(model)) as check:
+        model(torch.ones(2, 4)).backward()
+    assert check.missing() == []
+    assert all(len(parameter._post_accumulate_grad_hooks) == 1 for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Drifts(nn.Module):
+    """Reads a number that changes between forward and backward."""
+
+    size = 4
+
+    def __init__(self):
+        super().__init__()
+        self.main = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + torch.tanh(self.main(x)[:, : Drifts.size]).sum()
+
+
+def test_a_replay_that_does_not_match_names_its_block():
+    model = Chain(Drifts)
+    with pytest.raises(CheckpointError, match=r"block 'layers\.2' gave other tensors") as raised, checkpointing(model):
+        loss = model(torch.ones(2, 4))
+        Drifts.size = 2
+        try:
+            loss.backward()
+        finally:
+            Drifts.size = 4
+    text = str(raised.value)
+    assert 'checkpointing_modules={"layers.2": "none"}' in text
+    assert "it reads state that changed" in text
+    assert "saved metadata" in text or "metadata" in text  # what torch found stays
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_causes_named_fit_the_block():
+    class Router(Drifts):
+        pass
+
+    class Moe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = Router()
+
+        def forward(self, x):
+            return self.router(x)
+
+    model = Chain(Moe)
+    with pytest.raises(CheckpointError, match="its router chose other experts"), checkpointing(model):
+        loss = model(torch.ones(2, 4))
+        Drifts.size = 2
+        try:
+            loss.backward()
+        finally:
+            Drifts.size = 4
+
+
+def test_a_report_before_and_after():
+    model = CASES["llava"].build()
+    with checkpointing(model, modules={"vision": "none"}) as state:
+        before = state.report()
+        model(**CASES["llava"].batch()).loss.backward()
+    after = state.report()
+    assert before["recomputed_blocks"] == 0
+    assert before["recomputed_flops_share"] is None
+    assert after["blocks"] == {"vision": {"keep": 3}, "text": {"recompute": 2}}
+    assert after["recomputed_blocks"] == 2
+    assert after["calls"] == {"recompute": 2}
+    assert 0 < after["recomputed_flops_share"] < 1
+    assert set(after["memory"]) <= {"peak_device_bytes", "peak_host_bytes"}
+
+
+def test_the_first_line_counts_by_part_and_says_why_not(caplog):
+    model = CASES["llava"].build()
+    model.model.vision_tower.requires_grad_(False)
+    with checkpointing(model, modules={"text": "none"}):
+        pass
+    text = caplog.records[0].getMessage()
+    assert "3/3 vision blocks recomputed (3 frozen: only where a gradient passes)" in text
+    assert "0/2 text blocks recomputed (2 kept)" in text
+
+
+def test_nothing_is_counted_where_ops_are_compiled(monkeypatch):
+    model = llama(2)
+    monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
+    assert not engine._can_count(model)
+    monkeypatch.undo()
+    assert engine._can_count(model)
+    assert not engine._can_count(torch.compile(model))
+
+
+def test_data_parallel_is_refused_with_advice():
+    with pytest.raises(ValueError, match="torchrun"), checkpointing(nn.DataParallel(llama(2))):
+        pass
+
+
+def test_a_user_graph_through_frozen_blocks_is_kept():
+    model = llama(2, use_cache=False).requires_grad_(False)
+    embeds = torch.randn(1, 5, 32, requires_grad=True)
+
+    def gradient():
+        embeds.grad = None
+        torch.manual_seed(2)
+        model(inputs_embeds=embeds).logits.square().mean().backward()
+        return embeds.grad
+
+    kept = gradient()
+    with checkpointing(model):
+        assert torch.equal(kept, gradient())
+
+
+def test_evaluation_in_the_middle_is_left_alone():
+    model = llama(2)
+    with checkpointing(model) as state:
+        step(model)
+        model.eval()
+        with torch.no_grad():
+            cached = model(**batch(), use_cache=True)
+    assert state.tally.calls == {"recompute": 2, "no grad": 2}
+    assert isinstance(cached.past_key_values, transformers.Cache)
