@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from ckpt_trainer import report
+from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
 from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.gradient_check import GradientCheck
@@ -103,6 +104,18 @@ class Checkpointing:
             if self.settings.named:
                 raise ValueError(f"checkpointing_mode={self.settings.mode!r}: {what} {hint}")
             yield f"{what} {hint} Training goes on without activation checkpointing."
+        if self.settings.preserve_rng_state is False:
+            random = [block.name for block in self._recomputed if BlockState(block.module).draws_random_numbers()]
+            if random:
+                yield (
+                    f"preserve_rng_state=False: {len(random)} blocks draw random numbers ({random[0]}, ...), others the "
+                    "second time. Their gradients will be wrong; remove it."
+                )
+        if self._needless_hooks:
+            yield (
+                "a hook that makes embeddings require grad is taken off during each step: only the reentrant variant "
+                "needs it, and with it frozen blocks are recomputed for nothing. checkpointing_skip_frozen=False leaves it."
+            )
         if self._switched:
             yield (
                 f"checkpointing was turned on for {len(self._switched)} modules of the model itself "
@@ -138,11 +151,14 @@ class Checkpointing:
 
     @contextmanager
     def _first_step(self) -> Iterator[None]:
-        """Measure the forward and check the gradients, once."""
+        """Measure the forward and check the gradients, once; not where hooks and modes would be compiled too."""
+        eager = _is_eager(self.model)
         with ExitStack() as stack:
-            if _can_count(self.model):
+            if eager:
                 stack.enter_context(self._counted_forward())
-            check = stack.enter_context(GradientCheck(self._recomputed)) if self.settings.self_check else None
+            check = GradientCheck(self._recomputed) if eager and self.settings.self_check else None
+            if check is not None:
+                stack.enter_context(check)
             yield
         missing = check.missing() if check is not None else []
         replayed = tuple(f"{name}." for name in self.tally.replays)
@@ -151,6 +167,8 @@ class Checkpointing:
             raise RuntimeError(report.explain_lost(lost, self._recomputed))
         if missing:
             self._say(logging.WARNING, report.explain_unreached(missing))
+        if eager and (text := report.explain_no_effect(self.tally, self._recomputed)):
+            self._say(logging.WARNING, text)
 
     @property
     def _recomputed(self) -> list[Block]:
@@ -192,8 +210,8 @@ class Checkpointing:
             logger.log(level, text)
 
 
-def _can_count(model: nn.Module) -> bool:
-    """Whether the ops of a forward can be counted: not if they are compiled, by the user or within flex attention."""
+def _is_eager(model: nn.Module) -> bool:
+    """Whether ops run one by one: not where they are compiled, by the user or within flex attention."""
     return not any(
         hasattr(module, "_orig_mod")
         or module._compiled_call_impl is not None

@@ -131,6 +131,20 @@ def explain_unreached(names: Sequence[str]) -> str:
     )
 
 
+def explain_no_effect(tally: Tally, recomputed: Sequence[Block]) -> str:
+    """Where calls of blocks were not replayed in the first step though the plan says so: why; empty if all is well."""
+    cached = tally.calls["got a key/value cache"]
+    if cached:
+        return (
+            f"{cached} calls of blocks got a key/value cache and were kept, since a replay would add to it again. Turn "
+            "it off to recompute them: use_cache=False in the training arguments and in the call of the model."
+        )
+    if recomputed and not tally.calls["recompute"]:
+        calls = ", ".join(f"{number} {why}" for why, number in tally.calls.items()) or "none"
+        return f"{len(recomputed)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
+    return ""
+
+
 def _some(names: Sequence[str], limit: int = 3) -> str:
     more = f" and {len(names) - limit} more parameters" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

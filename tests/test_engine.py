@@ -304,10 +304,10 @@ def test_the_first_line_counts_by_part_and_says_why_not(caplog):
 def test_nothing_is_counted_where_ops_are_compiled(monkeypatch):
     model = llama(2)
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
-    assert not engine._can_count(model)
+    assert not engine._is_eager(model)
     monkeypatch.undo()
-    assert engine._can_count(model)
-    assert not engine._can_count(torch.compile(model))
+    assert engine._is_eager(model)
+    assert not engine._is_eager(torch.compile(model))
 
 
 def test_data_parallel_is_refused_with_advice():
@@ -339,3 +339,41 @@ def test_evaluation_in_the_middle_is_left_alone():
             cached = model(**batch(), use_cache=True)
     assert state.tally.calls == {"recompute": 2, "no grad": 2}
     assert isinstance(cached.past_key_values, transformers.Cache)
+
+
+def test_a_cache_that_keeps_blocks_from_being_recomputed_is_said(caplog):
+    model = llama(2)
+    with checkpointing(model) as state:
+        model(**batch(), use_cache=True).loss.backward()
+    assert state.tally.calls == {"got a key/value cache": 2}
+    assert "2 calls of blocks got a key/value cache and were kept" in caplog.text
+
+
+def test_a_plan_without_effect_is_said(caplog):
+    model = llama(2).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    with checkpointing(model):
+        step(model)
+    assert "2 blocks were to be recomputed and none was. Their calls in the first step: 2 no graph." in caplog.text
+
+
+@pytest.mark.parametrize(("dropout", "warned"), [(0.1, True), (0.0, False)])
+def test_random_numbers_that_are_not_restored_are_a_warning(caplog, dropout, warned):
+    model = llama(2, dropout=dropout)
+    engine.Checkpointing(model, Settings(preserve_rng_state=False))
+    assert ("Their gradients will be wrong" in caplog.text) == warned
+
+
+def test_no_graph_break_and_equal_gradients_when_compiled():
+    torch._dynamo.reset()
+    grads = []
+    for checkpointed in (False, True):
+        model = llama(2, dropout=0.0, use_cache=False)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        if checkpointed:
+            with checkpointing(compiled):
+                compiled(**batch()).loss.backward()
+        else:
+            compiled(**batch()).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert_equal(*grads)

@@ -44,7 +44,8 @@ def state_of(model):
     """All that training may leave behind on a model, weights excepted."""
     modules = list(model.named_modules())
     return {
-        "forwards": {name: [vars(module).get(key) for key in ("forward", "generate")] for name, module in modules},
+        # Not of the model itself: accelerate puts a forward of its own there, and after a failure leaves it.
+        "forwards": {name: vars(module).get("forward") for name, module in modules if name},
         "switches": {name: vars(module).get("gradient_checkpointing") for name, module in modules},
         "hooks": {
             name: [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
@@ -566,6 +567,4 @@ def test_a_batch_size_that_is_found_by_failing(tmp_path):
         trainer = TooLarge(model, args, train_dataset=text_dataset(8))
         trainer.train()
     assert trainer.memory_report()["recomputed_blocks"] == 12
-    after = state_of(model)
-    after["forwards"][""] = before["forwards"][""]  # accelerate's own, which it leaves there after a failure
-    assert after == before
+    assert state_of(model) == before
