@@ -28,6 +28,7 @@ from ckpt_trainer.prepare import (
     input_modules,
     modules_switched_on,
     modules_with_input_grad_hook,
+    reentrant_calls_checked,
     refuse_reentrant,
     switched_off,
     without_input_grad_hooks,
@@ -67,15 +68,8 @@ class Checkpointing:
         self._switched = modules_switched_on(model)
         if settings.use_reentrant:
             refuse_reentrant(model)
-        if isinstance(model, nn.DataParallel) and settings != Settings(mode="none"):
-            raise ValueError(
-                "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
-                "single blocks does not survive. Start with `torchrun --nproc_per_node=N` or `accelerate launch`, or "
-                "use one device (CUDA_VISIBLE_DEVICES=0)."
-            )
         self._find_input_hooks()
         self._carry_out()
-        self._say(logging.INFO, report.first_line(self.plan, self.blocks, settings))
         for warning in self._warnings():
             self._say(logging.WARNING, warning)
 
@@ -89,6 +83,13 @@ class Checkpointing:
         self._trainable = [block.trainable for block in self.blocks]
         self.plan: Plan = make_plan(self.blocks, self.settings)
         self._installed = Installed(self.blocks, self.plan, self.settings, self.tally)
+        if isinstance(self.model, nn.DataParallel) and self.plan.count("recompute"):
+            raise ValueError(
+                "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
+                "single blocks does not survive. Start with `torchrun --nproc_per_node=N` or `accelerate launch`, or "
+                "use one device (CUDA_VISIBLE_DEVICES=0)."
+            )
+        self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings, bool(self._needless_hooks)))
 
     @property
     def _cache_wanted(self) -> bool | None:
@@ -111,11 +112,6 @@ class Checkpointing:
                     f"preserve_rng_state=False: {len(random)} blocks draw random numbers ({random[0]}, ...), others the "
                     "second time. Their gradients will be wrong; remove it."
                 )
-        if self._needless_hooks:
-            yield (
-                "a hook that makes embeddings require grad is taken off during each step: only the reentrant variant "
-                "needs it, and with it frozen blocks are recomputed for nothing. checkpointing_skip_frozen=False leaves it."
-            )
         if self._switched:
             yield (
                 f"checkpointing was turned on for {len(self._switched)} modules of the model itself "
@@ -132,12 +128,13 @@ class Checkpointing:
         """
         if [block.trainable for block in self.blocks] != self._trainable:
             self._carry_out()
-            self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings))
         first = self.num_steps == 0
         with ExitStack() as stack:
             stack.enter_context(switched_off(self._switched))
             stack.enter_context(without_input_grad_hooks(self._needless_hooks))
             stack.enter_context(input_grads(self._hooked))
+            if self.settings.use_reentrant:
+                stack.enter_context(reentrant_calls_checked(self.model))
             if self._cache_wanted is not None:
                 stack.enter_context(self._use_cache.set_to(self._cache_wanted))
             if first and len(self.plan):

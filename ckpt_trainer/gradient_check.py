@@ -34,12 +34,15 @@ class GradientCheck:
         self._ran: set[nn.Module] = set()
         self._reached: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
+        self._bare: list[nn.Parameter] = []
 
     def __enter__(self) -> GradientCheck:
         for _, module in self._owners:
             self._handles.append(module.register_forward_pre_hook(self._note_run))
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and parameter.is_leaf:
+                    if parameter._post_accumulate_grad_hooks is None:
+                        self._bare.append(parameter)
                     # A hook and not a look at .grad afterwards: some optimizers step and clear it within backward.
                     self._handles.append(parameter.register_post_accumulate_grad_hook(self._reached.add))
         return self
@@ -49,6 +52,10 @@ class GradientCheck:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        for parameter in self._bare:
+            if not parameter._post_accumulate_grad_hooks:
+                # torch leaves an empty dict, and with it a call into Python for every gradient.
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
     def _note_run(self, module: nn.Module, args: Any) -> None:
         self._ran.add(module)

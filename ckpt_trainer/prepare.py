@@ -6,7 +6,7 @@ changes, it puts back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -179,12 +179,30 @@ def refuse_reentrant(model: nn.Module) -> None:
         ValueError: A config of the model says that it captures or shares tensors so; the message says which.
     """
     for config in _configs(model):
-        for key, what in _ESCAPES.items():
-            if vars(config).get(key):
-                raise ValueError(
-                    f"checkpointing_use_reentrant=True gives wrong gradients for this model: {type(config).__name__} "
-                    f"has {key}={vars(config)[key]!r}, so {what}. Set checkpointing_use_reentrant=False."
-                )
+        _refuse_escapes(vars(config), f"this model: {type(config).__name__} has")
+
+
+@contextmanager
+def reentrant_calls_checked(model: nn.Module) -> Iterator[None]:
+    """The same for what is asked for in a call of the model: `model(..., output_router_logits=True)`."""
+
+    def check(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        _refuse_escapes(kwargs, "a forward that is called with")
+
+    handle = model.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_escapes(values: Mapping[str, Any], where: str) -> None:
+    for key, what in _ESCAPES.items():
+        if values.get(key):
+            raise ValueError(
+                f"checkpointing_use_reentrant=True gives wrong gradients for {where} {key}={values[key]!r}, so {what}. "
+                "Set checkpointing_use_reentrant=False."
+            )
 
 
 _ESCAPES = {

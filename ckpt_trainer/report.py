@@ -18,8 +18,12 @@ from ckpt_trainer.plan import Plan, Settings
 from ckpt_trainer.recompute import Tally
 
 
-def first_line(plan: Plan, blocks: Sequence[Block], settings: Settings) -> str:
-    """One line: how many blocks of which part are recomputed, and why not the others."""
+def first_line(plan: Plan, blocks: Sequence[Block], settings: Settings, hooks_taken_off: bool = False) -> str:
+    """One line: how many blocks of which part are recomputed, why not the others, and what else is done to the model.
+
+    Args:
+        hooks_taken_off: Others put input-gradient hooks on the model, which are off during each step.
+    """
     parts = []
     for component in dict.fromkeys(block.component for block in blocks):
         own = [block for block in blocks if block.component == component]
@@ -30,9 +34,11 @@ def first_line(plan: Plan, blocks: Sequence[Block], settings: Settings) -> str:
     variant = "reentrant" if settings.use_reentrant else "non-reentrant"
     off = settings.use_cache is False or (settings.use_cache is None and plan.count("recompute"))
     cache = "off while training" if off else "on" if settings.use_cache else "as it was"
+    hook = "on" if settings.input_grads == "always" else "off"
+    hook += ", the one of others taken off in each step (checkpointing_skip_frozen)" if hooks_taken_off else ""
     return (
         f"mode {settings.mode}: {'; '.join(parts) or 'no blocks'}; {variant}; use_cache {cache}; "
-        f"input-gradient hook {'on' if settings.input_grads == 'always' else 'off'}"
+        f"input-gradient hook {hook}"
     )
 
 
@@ -139,8 +145,8 @@ def explain_no_effect(tally: Tally, recomputed: Sequence[Block]) -> str:
             f"{cached} calls of blocks got a key/value cache and were kept, since a replay would add to it again. Turn "
             "it off to recompute them: use_cache=False in the training arguments and in the call of the model."
         )
-    if recomputed and not tally.calls["recompute"]:
-        calls = ", ".join(f"{number} {why}" for why, number in tally.calls.items()) or "none"
+    if recomputed and tally.calls and not tally.calls["recompute"]:
+        calls = ", ".join(f"{number} {why}" for why, number in tally.calls.items() if number)
         return f"{len(recomputed)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
     return ""
 

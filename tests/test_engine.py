@@ -377,3 +377,20 @@ def test_no_graph_break_and_equal_gradients_when_compiled():
             compiled(**batch()).loss.backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert_equal(*grads)
+
+
+def test_reentrant_is_refused_for_what_a_call_asks_for():
+    model = CASES["mixtral"].build()
+    model.config.output_router_logits = False
+    with pytest.raises(ValueError, match="called with output_router_logits=True"):
+        with checkpointing(model, use_reentrant=True):
+            model(**CASES["mixtral"].batch(), output_router_logits=True)
+    assert not model._forward_pre_hooks
+
+
+def test_hooks_of_others_that_are_off_are_said(caplog):
+    model = llama(2)
+    model.enable_input_require_grads()
+    with checkpointing(model):
+        pass
+    assert "the one of others taken off in each step (checkpointing_skip_frozen)" in caplog.text

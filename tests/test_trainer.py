@@ -52,6 +52,9 @@ def state_of(model):
             for name, module in modules
         },
         "config": {key: value for key, value in model.config.to_dict().items() if key not in _WRITTEN_BY_SAVING},
+        "gradient hooks": [
+            (parameter._backward_hooks, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()
+        ],
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
     }
 
