@@ -56,8 +56,9 @@ class BlockState:
         )
 
     def snapshot(self) -> Snapshot:
-        """Copies of the buffers that a forward changes, taken before it; of all buffers before the first."""
-        slots = self._slots if not self.watched else [slot for slot in self._slots if slot in self._changing]
+        """Copies of the buffers that a forward changes, taken before it; before the first, of all that it may change."""
+        wanted = self._changing if self.watched else self._changing | set(filter(_may_change, self._slots))
+        slots = [slot for slot in self._slots if slot in wanted]
         return [(module, key, _buffer(module, key).clone()) for module, key in slots]
 
     @contextmanager
@@ -111,6 +112,12 @@ def _is_rate(value: Any) -> bool:
 def _is_running_statistic(slot: Slot) -> bool:
     # Its kernel writes the buffers without raising their version.
     return isinstance(slot[0], nn.modules.batchnorm._NormBase)
+
+
+def _may_change(slot: Slot) -> bool:
+    # Large buffers of integers are weights of a quantized model (GPTQ, AWQ): constant, and too much to copy.
+    buffer = _buffer(*slot)
+    return buffer.is_floating_point() or buffer.nbytes < 2**20
 
 
 def _buffer(module: nn.Module, key: str) -> Tensor:

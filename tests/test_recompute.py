@@ -379,3 +379,14 @@ def test_changing_an_input_in_place_is_an_error_and_not_a_wrong_gradient():
         x.mul_(3)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def test_quantized_weights_in_buffers_are_not_copied():
+    class Quantized(CountsCalls):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(2**18, dtype=torch.int32))
+            self.register_buffer("index", torch.zeros(8, dtype=torch.int32))
+
+    state = BlockState(Quantized())
+    assert [key for _, key, _ in state.snapshot()] == ["calls", "index"]

@@ -571,3 +571,15 @@ def test_a_batch_size_that_is_found_by_failing(tmp_path):
         trainer.train()
     assert trainer.memory_report()["recomputed_blocks"] == 12
     assert state_of(model) == before
+
+
+def test_prefix_tuning_keeps_its_blocks_and_trains_the_same(tmp_path, caplog):
+    def prefixed():
+        torch.manual_seed(6)
+        return peft.get_peft_model(plain_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+    plain = trained(tmp_path, Trainer, TrainingArguments, model=prefixed())
+    ours = trained(tmp_path, model=prefixed())
+    assert_same_training(plain, ours)
+    assert ours.memory_report()["calls"] == {"got a key/value cache": 12}
+    assert "4 calls of blocks got a key/value cache and were kept" in caplog.text
