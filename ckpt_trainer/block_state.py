@@ -1,137 +1,197 @@
 """What a block reads or changes besides its inputs: random numbers and buffers.
 
-A replay gives the same tensors as the forward only if both are as they were. `BlockState` finds out what a block
-touches, remembers it before a forward and puts it in place for a replay. It knows nothing of checkpoints.
+A replay gives the same tensors as the forward only if both are as they were. `BlockState` looks at each forward from
+outside, remembers what it took, and puts that in place for a replay. It knows nothing of checkpoints.
+
+NOTE on looking. No name of a module or rate tells for sure that a block draws random numbers or writes a buffer, nor
+does its first forward: rates are raised, statistics begin later. So each forward is looked at. The state of a generator
+before and after tells whether it drew; only then it is kept, and only then a replay restores anything. Reading a state
+copies 5 KB on the host and 16 bytes of a device's generator; the device does not wait. Buffers that were written are
+known by object and version; before a forward those are copied that are small, or known to change.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Names under which modules and configs keep the rate of something random: attention_dropout, drop_prob, layerdrop,
-# router_jitter_noise, dropout_rate, attn_pdrop, ...
-_RANDOM_NAME = re.compile(r"drop|noise|jitter", re.IGNORECASE)
+# Buffers up to this size are copied before every forward, larger ones only if they are known to change.
+_SMALL_BYTES = 2**16
 
-Slot = tuple[nn.Module, str]
-Snapshot = list[tuple[nn.Module, str, Tensor]]
+Buffers = dict[str, Tensor | None]
+
+
+@dataclass
+class Before:
+    """What a replay has to find as it was before the forward.
+
+    Args:
+        random: (device, state) of each generator that the forward drew from; None stands for Python's `random`.
+        buffers: (module, its buffers), for the modules of which a buffer was written, replaced or added.
+        unrestored: It drew from a generator, and that is not restored because the user said so.
+    """
+
+    random: list[tuple[torch.device | None, Any]] = field(default_factory=list)
+    buffers: list[tuple[nn.Module, Buffers]] = field(default_factory=list)
+    unrestored: bool = False
 
 
 class BlockState:
-    """The random sites and buffers of one block.
-
-    Both are told in two ways, because neither suffices: by reading the modules (a rate may be raised later, batch norm
-    does not mark its buffers as changed), and by watching the first forward (a module may draw random numbers or
-    write a buffer in a way that no name tells).
+    """The random numbers and buffers of one block.
 
     Args:
         module: The block.
+        restore_random: None keeps the state of the generators that a forward draws from; True of all; False of none.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._sites = list(_random_sites(module))
-        self._slots: list[Slot] = [
-            (m, key) for m in module.modules() for key, buffer in m._buffers.items() if buffer is not None
-        ]
-        self._changing = {slot for slot in self._slots if _is_running_statistic(slot)}
-        self._draws = False
-        self._watched_in: set[bool] = set()
-
-    @property
-    def watched(self) -> bool:
-        """Whether a forward in the present mode (training or evaluation) has been watched."""
-        return self._module.training in self._watched_in
-
-    def draws_random_numbers(self) -> bool:
-        """Whether a forward now may draw random numbers: a rate above zero in a module in training mode."""
-        return self._draws or any(
-            module.training and isinstance(rate := getattr(owner, name, 0), (int, float)) and rate > 0
-            for module, owner, name in self._sites
-        )
-
-    def snapshot(self) -> Snapshot:
-        """Copies of the buffers that a forward changes, taken before it; before the first, of all that it may change."""
-        wanted = self._changing if self.watched else self._changing | set(filter(_may_change, self._slots))
-        slots = [slot for slot in self._slots if slot in wanted]
-        return [(module, key, _buffer(module, key).clone()) for module, key in slots]
+    def __init__(self, module: nn.Module, restore_random: bool | None = None) -> None:
+        self._modules = list(module.modules())
+        self._restore_random = restore_random
+        self._changing: set[tuple[nn.Module, str]] = set()
+        self._uses_python_random = False
+        self._watched = False
 
     @contextmanager
-    def watch(self, snapshot: Snapshot, device: torch.device) -> Iterator[None]:
-        """Around the first forward in a mode: note whether it drew random numbers and which buffers it changed."""
-        before = _random_state(device)
-        yield
-        self._draws |= any(not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True))
-        self._changing |= {(module, key) for module, key, copy in snapshot if not _same(_buffer(module, key), copy)}
-        self._watched_in.add(self._module.training)
+    def remember(self, devices: Sequence[torch.device]) -> Iterator[Before]:
+        """Around a forward: what is yielded holds, when the forward is over, all that a replay needs.
 
-    def needed(self, snapshot: Snapshot) -> Snapshot:
-        """The part of a snapshot that a replay needs."""
-        return [entry for entry in snapshot if (entry[0], entry[1]) in self._changing]
+        Args:
+            devices: Devices on which the block may draw random numbers, the host's always included.
+
+        Raises:
+            RuntimeError: The forward wrote a large buffer in place that no forward before it wrote.
+        """
+        before = Before()
+        buffers = [(module, _Seen(dict(module._buffers), self._copies(module))) for module in self._modules]
+        states = self._random_states(devices)
+        yield before
+        after = self._random_states(devices)
+        drew = [not _same_state(old, new) for (_, old), (_, new) in zip(states, after, strict=True)]
+        before.unrestored = any(drew) and self._restore_random is False
+        if self._restore_random is not False:
+            kept = zip(states, drew, strict=True)
+            before.random = [state for state, drawn in kept if drawn or self._restore_random]
+        self._uses_python_random |= any(device is None for device, _ in before.random)
+        before.buffers = [(module, seen.as_found()) for module, seen in buffers if self._note_changes(module, seen)]
+        self._watched = True
+
+    def _random_states(self, devices: Sequence[torch.device]) -> list[tuple[torch.device | None, Any]]:
+        states: list[tuple[torch.device | None, Any]] = [(device, _random_state(device)) for device in devices]
+        # Rare and slow to read, so only where the first forward used it.
+        if self._uses_python_random or not self._watched:
+            states.append((None, random.getstate()))
+        return states
+
+    def _copies(self, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of the buffers of one module that its forward may write in place."""
+        return {
+            key: buffer.clone()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and ((module, key) in self._changing or self._may_change(module, buffer))
+        }
+
+    def _may_change(self, module: nn.Module, buffer: Tensor) -> bool:
+        if buffer.nbytes <= _SMALL_BYTES or _keeps_statistics(module):
+            return True
+        # At first all that may: large integers are the weights of a quantized model (GPTQ, AWQ), constant.
+        return not self._watched and buffer.is_floating_point()
+
+    def _note_changes(self, module: nn.Module, seen: _Seen) -> bool:
+        """Whether a forward changed a buffer of this module."""
+        changed = module._buffers.keys() != seen.found.keys()
+        for key, buffer in seen.found.items():
+            now = module._buffers.get(key)
+            if now is not buffer:
+                changed = True
+            elif now is not None and self._was_written(module, key, now, seen):
+                self._changing.add((module, key))
+                changed = True
+        return changed
+
+    def _was_written(self, module: nn.Module, key: str, buffer: Tensor, seen: _Seen) -> bool:
+        raised = buffer._version != seen.versions[key]
+        if key in seen.copies:
+            # Kernels of batch norm write without raising the version; others that do are looked for once.
+            return raised or _keeps_statistics(module) or not (self._watched or torch.equal(buffer, seen.copies[key]))
+        if raised:
+            raise RuntimeError(
+                f"buffer {key!r} of {type(module).__name__} ({buffer.nbytes} bytes) was written in place by a forward, "
+                "and by none before it, so that its replay cannot be exact. Keep what this block stores: "
+                'checkpointing_modules={"<its name>": "none"}.'
+            )
+        return False
+
+
+class _Seen:
+    """The buffers of one module as they were found before a forward."""
+
+    def __init__(self, found: Buffers, copies: dict[str, Tensor]) -> None:
+        self.found = found
+        self.copies = copies
+        self.versions = {key: buffer._version for key, buffer in found.items() if buffer is not None}
+
+    def as_found(self) -> Buffers:
+        return {key: self.copies.get(key, buffer) for key, buffer in self.found.items()}
+
+
+def devices_of(tensors: Sequence[Tensor]) -> list[torch.device]:
+    """The host, and the devices that the tensors are on."""
+    devices = [torch.device("cpu")]
+    for tensor in tensors:
+        if tensor.device not in devices and tensor.device.type != "meta":
+            devices.append(tensor.device)
+    return devices
 
 
 @contextmanager
-def buffers_as(snapshot: Snapshot) -> Iterator[None]:
-    """Let modules see the buffers of a snapshot, and write to copies of them; theirs come back untouched."""
-    current = [(module, key, module._buffers[key]) for module, key, _ in snapshot]
+def as_before(before: Before) -> Iterator[None]:
+    """Generators and buffers as they were before a forward; what a replay draws and writes is undone."""
+    current = [(module, dict(module._buffers)) for module, _ in before.buffers]
+    states = [(device, random.getstate() if device is None else _random_state(device)) for device, _ in before.random]
     try:
-        for module, key, copy in snapshot:
+        for device, state in before.random:
+            _set_random_state(device, state)
+        for module, buffers in before.buffers:
             # Cloned again for each replay: a graph that is kept may be replayed more than once.
-            module._buffers[key] = copy.clone()
+            _set_buffers(module, {key: None if b is None else b.clone() for key, b in buffers.items()})
         yield
     finally:
-        for module, key, buffer in current:
-            module._buffers[key] = buffer
+        for module, buffers in current:
+            _set_buffers(module, buffers)
+        for device, state in states:
+            _set_random_state(device, state)
 
 
-def _random_sites(block: nn.Module) -> Iterator[tuple[nn.Module, Any, str]]:
-    """(module whose training mode counts, object that holds the rate, name of the rate)."""
-    for module in block.modules():
-        named = [name for name, value in vars(module).items() if _RANDOM_NAME.search(name) and _is_rate(value)]
-        if "p" in vars(module) and _RANDOM_NAME.search(type(module).__name__):
-            named.append("p")
-        if isinstance(module, nn.RReLU):
-            named.append("upper")
-        yield from ((module, module, name) for name in named)
-        config = vars(module).get("config")
-        if config is not None:
-            # A forward may pass config.attention_dropout straight to a function.
-            names = [name for name, value in vars(config).items() if _RANDOM_NAME.search(name) and _is_rate(value)]
-            yield from ((module, config, name) for name in names)
+def _set_buffers(module: nn.Module, buffers: Buffers) -> None:
+    module._buffers.clear()
+    module._buffers.update(buffers)
 
 
-def _is_rate(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _keeps_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase)
 
 
-def _is_running_statistic(slot: Slot) -> bool:
-    # Its kernel writes the buffers without raising their version.
-    return isinstance(slot[0], nn.modules.batchnorm._NormBase)
+def _random_state(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
 
 
-def _may_change(slot: Slot) -> bool:
-    # Large buffers of integers are weights of a quantized model (GPTQ, AWQ): constant, and too much to copy.
-    buffer = _buffer(*slot)
-    return buffer.is_floating_point() or buffer.nbytes < 2**20
+def _set_random_state(device: torch.device | None, state: Any) -> None:
+    if device is None:
+        random.setstate(state)
+    elif device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _buffer(module: nn.Module, key: str) -> Tensor:
-    buffer = module._buffers[key]
-    assert buffer is not None
-    return buffer
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return states
+def _same_state(old: Any, new: Any) -> bool:
+    return torch.equal(old, new) if isinstance(old, Tensor) else bool(old == new)

@@ -51,11 +51,10 @@ class Installed:
 def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str], tally: Tally) -> Replayable:
     variant = Variant(
         use_reentrant=settings.use_reentrant,
-        preserve_rng_state=settings.preserve_rng_state,
         require_input_grad=settings.input_grads == "always" and first_of_stack[block.stack] == block.name,
         options=settings.checkpoint_options,
     )
-    return Replayable(block.name, tuple(block.module.parameters()), BlockState(block.module), variant, tally)
+    return Replayable(block.name, tuple(block.module.parameters()), BlockState(block.module, settings.preserve_rng_state), variant, tally)
 
 
 class _Forward:

@@ -58,7 +58,7 @@ class Settings:
         use_reentrant: The reentrant variant of torch's checkpoint.
         input_grads: One of `INPUT_GRADS`: whether embeddings are made to require grad.
         self_check: Check after the first backward that no gradient was lost.
-        preserve_rng_state: None restores random numbers where a block draws any; True always; False never.
+        preserve_rng_state: None restores the generators that a block draws from; True all; False none.
         use_cache: Whether the key/value cache is on while training. None: off where blocks are recomputed, else as it is.
         named: The user asked for this mode by name, so that a model on which it can do nothing is an error.
         checkpoint_options: Passed to `torch.utils.checkpoint.checkpoint` as they are: `context_fn`,

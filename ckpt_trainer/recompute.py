@@ -6,9 +6,9 @@ NOTE on exactness. A replay is the same computation on the same values, so that 
   1. the inputs are the same: every tensor argument, positional, keyword or in a tuple, goes through the checkpoint as a
      positional argument, so autograd guards it against changes in place and (reentrant) sees where gradients go.
      Lists, dicts and other objects are handed on as they are: blocks pass values to later blocks through them;
-  2. the random numbers are the same: their state is restored where the block draws any (see `block_state`);
+  2. the random numbers are the same: the state of their generators is restored where the block drew any;
   3. the buffers are the same: the replay sees those of before the forward and writes to copies, so that running
-     statistics are updated once;
+     statistics are updated once (for both see `block_state`);
   4. the precision is the same: torch restores autocast;
   5. nothing else changed in between. A key/value cache does: a call that gets one is not replayed, and counted.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from ckpt_trainer.block_state import BlockState, Snapshot, buffers_as
+from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
 from ckpt_trainer.flops import FlopCounter
 
 
@@ -39,6 +38,7 @@ class Tally:
             off), or why a call could not be replayed.
         replays: Replays by block name.
         last_replayed: Name of the block replayed last; where a replay does not match its forward, this is the block.
+        unrestored: Blocks that drew random numbers which are not restored, because the user said so.
         block_flops: FLOPs of one forward of each block, from the calls made while `counter` was set.
         counter: Counts FLOPs while a forward is measured.
     """
@@ -46,6 +46,7 @@ class Tally:
     calls: Counter[str] = field(default_factory=Counter)
     replays: Counter[str] = field(default_factory=Counter)
     last_replayed: str | None = None
+    unrestored: set[str] = field(default_factory=set)
     block_flops: dict[str, int] = field(default_factory=dict)
     counter: FlopCounter | None = None
 
@@ -56,13 +57,11 @@ class Variant:
 
     Args:
         use_reentrant: Use torch's reentrant variant.
-        preserve_rng_state: None restores random numbers where a block draws any; True always; False never.
         require_input_grad: Give the block an input that requires grad even if it got none.
         options: More keyword arguments for `torch.utils.checkpoint.checkpoint`.
     """
 
     use_reentrant: bool = False
-    preserve_rng_state: bool | None = None
     require_input_grad: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -99,7 +98,7 @@ class Replayable:
             return self._plainly("no grad", forward, args, kwargs)
         if torch.compiler.is_compiling():
             # The compiler replays as it traces; it takes care of random numbers and allows none of the bookkeeping.
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **self.variant.options, **kwargs)
         if any(_is_cache(value) for value in (*args, *kwargs.values())):
             return self._plainly("got a key/value cache", forward, args, kwargs)
         tensors: list[Tensor] = []
@@ -118,14 +117,12 @@ class Replayable:
         return forward(*args, **kwargs)
 
     def _checkpointed(self, call: _Call, tensors: list[Tensor]) -> Any:
-        keep = self.variant.preserve_rng_state
-        if keep is None:
-            keep = not self.state.watched or self.state.draws_random_numbers()
+        # torch keeps no random state: the call does, and only where numbers are drawn.
         if not self.variant.use_reentrant:
-            return checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=keep, **self.variant.options)
+            return checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False, **self.variant.options)
         _refuse_side_channels(self.name, (*call.args, *call.kwargs.values()))
         flat = _FlatCall(call)
-        outputs = checkpoint(flat, *tensors, use_reentrant=True, preserve_rng_state=keep)
+        outputs = checkpoint(flat, *tensors, use_reentrant=True, preserve_rng_state=False)
         return flat.rebuild(outputs)
 
 
@@ -139,7 +136,7 @@ class _Call:
         self.forward = forward
         self.args = args
         self.kwargs = kwargs
-        self.before: Snapshot | None = None
+        self.before: Before | None = None
 
     def __call__(self, *tensors: Tensor) -> Any:
         args, kwargs = _fill(self.args, tensors), _fill_each(self.kwargs, tensors)
@@ -147,20 +144,19 @@ class _Call:
             return self._first(tensors, args, kwargs)
         self.block.tally.replays[self.block.name] += 1
         self.block.tally.last_replayed = self.block.name
-        with buffers_as(self.before):
+        with as_before(self.before):
             return self.forward(*args, **kwargs)
 
     def _first(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        state = self.block.state
-        snapshot = state.snapshot()
-        device = tensors[0].device if tensors else torch.device("cpu")
         tally = self.block.tally
-        before = tally.counter.total if tally.counter else 0
-        with nullcontext() if state.watched else state.watch(snapshot, device):
+        flops = tally.counter.total if tally.counter else 0
+        with self.block.state.remember(devices_of(tensors)) as before:
             output = self.forward(*args, **kwargs)
         if tally.counter:
-            tally.block_flops[self.block.name] = tally.counter.total - before
-        self.before = state.needed(snapshot)
+            tally.block_flops[self.block.name] = tally.counter.total - flops
+        if before.unrestored:
+            tally.unrestored.add(self.block.name)
+        self.before = before
         return output
 
 

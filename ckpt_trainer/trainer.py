@@ -61,7 +61,6 @@ class CheckpointingMixin(_Base):
         super().create_accelerator_and_postprocess()
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        self._checkpointing_use_cache = None
         model: nn.Module = super().call_model_init(trial)
         self._checkpointing_remember(model)
         return model

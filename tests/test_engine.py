@@ -330,6 +330,18 @@ def test_a_user_graph_through_frozen_blocks_is_kept():
         assert torch.equal(kept, gradient())
 
 
+@pytest.mark.parametrize("build", [lambda: Chain(Aside), lambda: CASES["vit"].build(), lambda: llama(3)])
+@pytest.mark.parametrize(("input_grads", "calls"), [("always", {"recompute": 3}), ("auto", {"no graph": 3})])
+def test_inputs_require_grad_where_asked_also_without_embeddings(build, input_grads, calls):
+    model = build().requires_grad_(False)
+    inputs = {Chain: {"x": torch.ones(2, 4)}}.get(type(model)) or (
+        CASES["vit"].batch() if "ViT" in type(model).__name__ else batch()
+    )
+    with checkpointing(model, input_grads=input_grads) as state:
+        model(**inputs)
+    assert state.tally.calls == calls
+
+
 def test_evaluation_in_the_middle_is_left_alone():
     model = llama(2)
     with checkpointing(model) as state:

@@ -1,13 +1,13 @@
 """One block replayed: the same losses, gradients and buffers as the block left alone, whatever it does inside."""
 
 import gc
+import random
 import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from ckpt_trainer import recompute
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.recompute import Replayable, Tally, Variant
 
@@ -85,45 +85,55 @@ def test_random_numbers_without_a_dropout_module(variant):
     assert_exact(DrawsUnseen, positional, variant)
 
 
-class FunctionalDropout(Mlp):
+class StartsLater(Mlp):
+    """Draws random numbers and writes a buffer from its second forward on."""
+
     def __init__(self):
         super().__init__()
-        self.attention_dropout = 0.0
+        self.register_buffer("mean", torch.zeros(8))
+        self.calls = 0
 
     def forward(self, x):
-        return nn.functional.dropout(super().forward(x), self.attention_dropout, self.training)
+        self.calls += torch.is_grad_enabled() and not self.replaying()
+        if self.calls > 1:
+            self.mean.mul_(0.9).add_(0.1 * x.detach().mean(0))
+            x = x * (1 + 0.5 * torch.randn_like(x))
+        return super().forward(x - self.mean)
+
+    def replaying(self):
+        return torch._C._current_graph_task_id() != -1
+
+
+def test_what_begins_after_the_first_forward_is_seen():
+    assert_exact(StartsLater, positional, VARIANTS["non-reentrant"])
+
+
+class PythonRandom(Mlp):
+    def forward(self, x):
+        return super().forward(x) * random.random()
+
+
+@both
+def test_python_random_numbers(variant):
+    random.seed(3)
+    kept = run(PythonRandom, positional)
+    random.seed(3)
+    for left, right in zip(kept, run(PythonRandom, positional, variant), strict=True):
+        assert equal(left, right)
 
 
 @pytest.mark.parametrize(
-    ("build", "raised", "stashed"),
-    [(Mlp, False, False), (lambda: Mlp(0.1), False, True), (FunctionalDropout, False, False),
-     (FunctionalDropout, True, True), (DrawsUnseen, False, True)],
+    ("build", "wanted", "kept"),
+    [(Mlp, None, 0), (lambda: Mlp(0.1), None, 1), (lambda: Mlp(0.1).eval(), None, 0), (DrawsUnseen, None, 1),
+     (lambda: Mlp(0.1), False, 0), (Mlp, True, 1)],
 )  # fmt: skip
-def test_random_state_is_stashed_where_numbers_are_drawn_and_only_there(monkeypatch, build, raised, stashed):
-    seen = []
-    real = recompute.checkpoint
-
-    def noting(*args, preserve_rng_state, **kwargs):
-        seen.append(preserve_rng_state)
-        return real(*args, preserve_rng_state=preserve_rng_state, **kwargs)
-
-    monkeypatch.setattr(recompute, "checkpoint", noting)
+def test_random_state_is_kept_where_numbers_are_drawn_and_only_there(build, wanted, kept):
     module = build()
-    block = replayable(module)
-    x = torch.randn(4, 8, requires_grad=True)
-    block.run(module.forward, (x,), {})
-    if raised:
-        module.attention_dropout = 0.2
-    block.run(module.forward, (x,), {})
-    assert seen == [True, stashed]  # the first forward is watched
-
-
-def test_no_dropout_in_evaluation_mode_is_no_reason_to_stash():
-    module = Mlp(0.5)
-    state = BlockState(module)
-    assert state.draws_random_numbers()
-    module.eval()
-    assert not state.draws_random_numbers()
+    state = BlockState(module, wanted)
+    for _ in range(2):
+        with state.remember([torch.device("cpu")]) as before:
+            module(torch.ones(2, 8))
+        assert sum(device == torch.device("cpu") for device, _ in before.random) == kept
 
 
 class Normed(Mlp):
@@ -153,6 +163,24 @@ class ReplacesBuffer(CountsCalls):
         return Mlp.forward(self, x) * self.calls
 
 
+class FillsBuffer(Mlp):
+    """A buffer that is empty before the first forward, and one that is registered in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        now = x.detach().mean(0)
+        if self.mean is None:
+            self.mean = now
+            self.register_buffer("late", torch.zeros(8))
+        else:
+            self.mean = 0.9 * self.mean + 0.1 * now
+            self.late += now
+        return super().forward(x - self.mean + self.late)
+
+
 def spectral():
     module = Mlp()
     nn.utils.parametrizations.spectral_norm(module.up)
@@ -160,7 +188,7 @@ def spectral():
 
 
 @both
-@pytest.mark.parametrize("build", [Normed, CountsCalls, ReplacesBuffer, spectral])
+@pytest.mark.parametrize("build", [Normed, CountsCalls, ReplacesBuffer, FillsBuffer, spectral])
 def test_buffers_are_updated_once_and_replayed_as_they_were(variant, build):
     assert_exact(build, positional, variant)
 
@@ -388,5 +416,27 @@ def test_quantized_weights_in_buffers_are_not_copied():
             self.register_buffer("qweight", torch.zeros(2**18, dtype=torch.int32))
             self.register_buffer("index", torch.zeros(8, dtype=torch.int32))
 
-    state = BlockState(Quantized())
-    assert [key for _, key, _ in state.snapshot()] == ["calls", "index"]
+    module = Quantized()
+    assert set(BlockState(module)._copies(module)) == {"calls", "index"}
+
+
+def test_a_large_buffer_that_is_first_written_later_is_an_error_and_not_a_wrong_gradient():
+    class Later(Mlp):
+        write = False
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.zeros(2**15))
+
+        def forward(self, x):
+            if self.write:
+                self.table += 1
+            return super().forward(x) + self.table[0]
+
+    module = Later()
+    block = replayable(module)
+    x = torch.ones(2, 8, requires_grad=True)
+    block.run(module.forward, (x,), {}).sum().backward()
+    module.write = True
+    with pytest.raises(RuntimeError, match=r"buffer 'table' of Later \(131072 bytes\) was written in place"):
+        block.run(module.forward, (x,), {})

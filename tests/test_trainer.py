@@ -300,6 +300,14 @@ def test_train_twice_and_resume(tmp_path):
     assert state_of(again.model) == before
 
 
+def test_each_train_begins_with_the_arguments_as_they_are_then(tmp_path):
+    trainer = trained(tmp_path)
+    assert trainer.memory_report()["recomputed_blocks"] == 12
+    trainer.args.checkpointing_every_n = 2
+    trainer.train()
+    assert trainer.memory_report()["recomputed_blocks"] == 6
+
+
 def test_model_init_and_several_models(tmp_path):
     models = []
 
@@ -394,9 +402,12 @@ def test_checkpointing_that_the_user_turned_on_is_replaced_while_training(tmp_pa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.gradient_checkpointing_enable()
+    forwards = []
+    model.model.layers[0].mlp.register_forward_hook(lambda *args: forwards.append(1))
     before = state_of(model)
     ours = trained(tmp_path, model=model, checkpointing_mode="none")
     assert_same_training(plain, ours)
+    assert len(forwards) == 3
     assert ours.memory_report()["recomputed_blocks"] == 0
     assert "checkpointing was turned on for" in caplog.text
     assert state_of(model) == before
