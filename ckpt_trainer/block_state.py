@@ -34,11 +34,13 @@ class Before:
     Args:
         random: (device, state) of each generator that the forward drew from; None stands for Python's `random`.
         buffers: (module, its buffers), for the modules of which a buffer was written, replaced or added.
+        training: Which of the block's modules were in training mode.
         unrestored: It drew from a generator, and that is not restored because the user said so.
     """
 
     random: list[tuple[torch.device | None, Any]] = field(default_factory=list)
     buffers: list[tuple[nn.Module, Buffers]] = field(default_factory=list)
+    training: list[tuple[nn.Module, bool]] = field(default_factory=list)
     unrestored: bool = False
 
 
@@ -48,14 +50,18 @@ class BlockState:
     Args:
         module: The block.
         restore_random: None keeps the state of the generators that a forward draws from; True of all; False of none.
+
+    Attributes:
+        modules: The block and all modules below it.
+        watched: Whether a forward has been looked at.
     """
 
     def __init__(self, module: nn.Module, restore_random: bool | None = None) -> None:
-        self._modules = list(module.modules())
+        self.modules = list(module.modules())
         self._restore_random = restore_random
         self._changing: set[tuple[nn.Module, str]] = set()
         self._uses_python_random = False
-        self._watched = False
+        self.watched = False
 
     @contextmanager
     def remember(self, devices: Sequence[torch.device]) -> Iterator[Before]:
@@ -67,8 +73,8 @@ class BlockState:
         Raises:
             RuntimeError: The forward wrote a large buffer in place that no forward before it wrote.
         """
-        before = Before()
-        buffers = [(module, _Seen(dict(module._buffers), self._copies(module))) for module in self._modules]
+        before = Before(training=[(module, module.training) for module in self.modules])
+        buffers = [(module, _Seen(dict(module._buffers), self._copies(module))) for module in self.modules]
         states = self._random_states(devices)
         yield before
         after = self._random_states(devices)
@@ -79,12 +85,12 @@ class BlockState:
             before.random = [state for state, drawn in kept if drawn or self._restore_random]
         self._uses_python_random |= any(device is None for device, _ in before.random)
         before.buffers = [(module, seen.as_found()) for module, seen in buffers if self._note_changes(module, seen)]
-        self._watched = True
+        self.watched = True
 
     def _random_states(self, devices: Sequence[torch.device]) -> list[tuple[torch.device | None, Any]]:
         states: list[tuple[torch.device | None, Any]] = [(device, _random_state(device)) for device in devices]
         # Rare and slow to read, so only where the first forward used it.
-        if self._uses_python_random or not self._watched:
+        if self._uses_python_random or not self.watched:
             states.append((None, random.getstate()))
         return states
 
@@ -100,7 +106,7 @@ class BlockState:
         if buffer.nbytes <= _SMALL_BYTES or _keeps_statistics(module):
             return True
         # At first all that may: large integers are the weights of a quantized model (GPTQ, AWQ), constant.
-        return not self._watched and buffer.is_floating_point()
+        return not self.watched and buffer.is_floating_point()
 
     def _note_changes(self, module: nn.Module, seen: _Seen) -> bool:
         """Whether a forward changed a buffer of this module."""
@@ -118,7 +124,7 @@ class BlockState:
         raised = buffer._version != seen.versions[key]
         if key in seen.copies:
             # Kernels of batch norm write without raising the version; others that do are looked for once.
-            return raised or _keeps_statistics(module) or not (self._watched or torch.equal(buffer, seen.copies[key]))
+            return raised or _keeps_statistics(module) or not (self.watched or torch.equal(buffer, seen.copies[key]))
         if raised:
             raise RuntimeError(
                 f"buffer {key!r} of {type(module).__name__} ({buffer.nbytes} bytes) was written in place by a forward, "
@@ -151,10 +157,12 @@ def devices_of(tensors: Sequence[Tensor]) -> list[torch.device]:
 
 @contextmanager
 def as_before(before: Before) -> Iterator[None]:
-    """Generators and buffers as they were before a forward; what a replay draws and writes is undone."""
+    """Modes, generators and buffers as they were before a forward; what a replay draws and writes is undone."""
+    switched = [module for module, training in before.training if module.training != training]
     current = [(module, dict(module._buffers)) for module, _ in before.buffers]
     states = [(device, random.getstate() if device is None else _random_state(device)) for device, _ in before.random]
     try:
+        _toggle_training(switched)
         for device, state in before.random:
             _set_random_state(device, state)
         for module, buffers in before.buffers:
@@ -166,6 +174,12 @@ def as_before(before: Before) -> Iterator[None]:
             _set_buffers(module, buffers)
         for device, state in states:
             _set_random_state(device, state)
+        _toggle_training(switched)
+
+
+def _toggle_training(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        module.training = not module.training
 
 
 def _set_buffers(module: nn.Module, buffers: Buffers) -> None:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
 from ckpt_trainer import report
-from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
-from ckpt_trainer.flops import FlopCounter
-from ckpt_trainer.gradient_check import GradientCheck
+from ckpt_trainer.first_pass import FirstPass
 from ckpt_trainer.install import Installed
 from ckpt_trainer.log import logger
 from ckpt_trainer.plan import Plan, Settings
@@ -34,7 +32,7 @@ from ckpt_trainer.prepare import (
     without_input_grad_hooks,
 )
 from ckpt_trainer.recompute import Tally
-from ckpt_trainer.training_args import CheckpointingArguments
+from ckpt_trainer.training_args import settings_of_flags
 
 
 class Checkpointing:
@@ -43,34 +41,36 @@ class Checkpointing:
     Args:
         model: The model as it is called in a step: bare, or wrapped by PEFT, DDP, FSDP or a compiler.
         settings: What was asked for.
-        quiet: Log nothing (all ranks but the first).
+        log_from: Level from which on to log: `logging.INFO`, or above `logging.CRITICAL` for nothing.
 
     Attributes:
         blocks: The blocks of the model, in forward order.
         plan: Their actions.
         tally: What happened to their calls so far.
-        forward_flops: FLOPs of the first forward, recompute not included; None until it is measured.
-        num_steps: Forward and backward passes done.
+        recomputable_share: FLOPs of one forward of the blocks to be recomputed / FLOPs of one of the model, from the
+            first; None until it is measured, and where it is compiled.
 
     Raises:
         ValueError: The settings ask for something that this model cannot do.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, quiet: bool = False) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, log_from: int = logging.INFO) -> None:
         self.model = model
         self.settings = settings
         self.blocks = find_blocks(model)
         self.tally = Tally()
-        self.forward_flops: int | None = None
-        self.num_steps = 0
+        self.recomputable_share: float | None = None
+        self._concluded = False
+        self._begun = False
         self._use_cache = UseCache(model)
-        self._quiet = quiet
+        self._log_from = log_from
         self._switched = modules_switched_on(model)
         if settings.use_reentrant:
             refuse_reentrant(model)
         self._find_input_hooks()
+        warnings = list(self._warnings())
         self._carry_out()
-        for warning in self._warnings():
+        for warning in warnings:
             self._say(logging.WARNING, warning)
 
     def _find_input_hooks(self) -> None:
@@ -105,13 +105,6 @@ class Checkpointing:
             if self.settings.named:
                 raise ValueError(f"checkpointing_mode={self.settings.mode!r}: {what} {hint}")
             yield f"{what} {hint} Training goes on without activation checkpointing."
-        if self.settings.preserve_rng_state is False:
-            random = [block.name for block in self._recomputed if BlockState(block.module).draws_random_numbers()]
-            if random:
-                yield (
-                    f"preserve_rng_state=False: {len(random)} blocks draw random numbers ({random[0]}, ...), others the "
-                    "second time. Their gradients will be wrong; remove it."
-                )
         if self._switched:
             yield (
                 f"checkpointing was turned on for {len(self._switched)} modules of the model itself "
@@ -126,9 +119,9 @@ class Checkpointing:
             CheckpointError: A replay did not match its forward; names the block, likely causes and what to set.
             RuntimeError: The first backward lost gradients (`checkpointing_self_check`).
         """
+        self._begun = True
         if [block.trainable for block in self.blocks] != self._trainable:
             self._carry_out()
-        first = self.num_steps == 0
         with ExitStack() as stack:
             stack.enter_context(switched_off(self._switched))
             stack.enter_context(without_input_grad_hooks(self._needless_hooks))
@@ -137,73 +130,62 @@ class Checkpointing:
                 stack.enter_context(reentrant_calls_checked(self.model))
             if self._cache_wanted is not None:
                 stack.enter_context(self._use_cache.set_to(self._cache_wanted))
-            if first and len(self.plan):
-                stack.enter_context(self._first_step())
+            first = self._first_pass()
+            stack.enter_context(first or nullcontext())
             stack.enter_context(self._installed)
             try:
                 yield
             except CheckpointError as error:
                 raise CheckpointError(report.explain_mismatch(error, self.tally, self.blocks)) from error
-        self.num_steps += 1
+        if first is not None:
+            self._conclude(first)
 
-    @contextmanager
-    def _first_step(self) -> Iterator[None]:
-        """Measure the forward and check the gradients, once; not where hooks and modes would be compiled too."""
-        eager = _is_eager(self.model)
-        with ExitStack() as stack:
-            if eager:
-                stack.enter_context(self._counted_forward())
-            check = GradientCheck(self._recomputed) if eager and self.settings.self_check else None
-            if check is not None:
-                stack.enter_context(check)
-            yield
-        missing = check.missing() if check is not None else []
+    def _first_pass(self) -> FirstPass | None:
+        if self._concluded or not self._recomputed or not _is_eager(self.model):
+            return None
+        return FirstPass(self.model, self._recomputed, self.tally, self._conclude)
+
+    def _conclude(self, first: FirstPass) -> None:
+        """Say what the first forward and backward showed."""
+        if self._concluded:
+            return
+        self._concluded = True
+        first.__exit__(None, None, None)
+        self.recomputable_share = first.recomputable_share
+        missing = first.missing() if self.settings.self_check else []
         replayed = tuple(f"{name}." for name in self.tally.replays)
         lost = [name for name in missing if name.startswith(replayed)]
         if lost and self.settings.use_reentrant:
             raise RuntimeError(report.explain_lost(lost, self._recomputed))
         if missing:
-            self._say(logging.WARNING, report.explain_unreached(missing))
-        if eager and (text := report.explain_no_effect(self.tally, self._recomputed)):
+            self._say(logging.WARNING, report.explain_unreached(missing, self._recomputed))
+        for text in report.explain_no_effect(self.tally, self._recomputed):
             self._say(logging.WARNING, text)
 
     @property
     def _recomputed(self) -> list[Block]:
         return [block for block in self.blocks if self.plan[block.name].kind == "recompute"]
 
-    @contextmanager
-    def _counted_forward(self) -> Iterator[None]:
-        running = ExitStack()
-
-        def start(module: nn.Module, args: Any) -> None:
-            if self.tally.counter is None and self.forward_flops is None:
-                self.tally.counter = running.enter_context(FlopCounter())
-
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            if self.tally.counter is not None:
-                self.forward_flops = self.tally.counter.total
-                self.tally.counter = None
-                running.close()
-
-        hooks = [
-            self.model.register_forward_pre_hook(start),
-            # Also after a forward that raised; after a KeyboardInterrupt, for which torch calls no hook, see below.
-            self.model.register_forward_hook(stop, always_call=True),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.tally.counter = None
-            running.close()
-
     def report(self) -> dict[str, Any]:
         """What was done so far, as plain data; see `report.memory_report`."""
-        return report.memory_report(self.plan, self.blocks, self.tally, self.forward_flops, self.num_steps)
+        return report.memory_report(self.plan, self.blocks, self.tally, self.recomputable_share)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a step was begun."""
+        return self._begun
+
+    def warn_unused(self, owner: str) -> None:
+        """Say once that no step came by here."""
+        self._begun = True
+        self._say(
+            logging.WARNING,
+            f"training_step of {owner} does not call super().training_step, so nothing is recomputed. Call it, or put "
+            f"CheckpointingMixin in front: class Mine(CheckpointingMixin, {owner}).",
+        )
 
     def _say(self, level: int, text: str) -> None:
-        if not self._quiet:
+        if level >= self._log_from:
             logger.log(level, text)
 
 
@@ -236,7 +218,8 @@ def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterato
         model: Any module with repeated blocks, wrapped (PEFT, DDP, FSDP) or not.
         mode: As `checkpointing_mode`.
         flags: The other flags without their prefix: `modules`, `every_n`, `skip_frozen`, `use_reentrant`, `input_grads`,
-            `self_check`.
+            `self_check`; and of torch's checkpoint `preserve_rng_state`, `determinism_check`, `context_fn`, `debug`,
+            `early_stop`.
 
     Yields:
         What is in force: its `plan`, and `report()` for what happened under it.
@@ -244,9 +227,6 @@ def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterato
     Raises:
         ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
     """
-    arguments = CheckpointingArguments(
-        **{f"checkpointing_{key}": value for key, value in {"mode": mode, **flags}.items()}
-    )
-    state = Checkpointing(model, arguments.settings())
+    state = Checkpointing(model, settings_of_flags({"mode": mode, **flags}))
     with state.step():
         yield state

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from ckpt_trainer.blocks import Block
@@ -31,14 +32,16 @@ class GradientCheck:
             for name, module in block.module.named_modules()
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         ]
+        self._watched = {module for _, module in self._owners}
         self._ran: set[nn.Module] = set()
         self._reached: set[nn.Parameter] = set()
         self._handles: list[RemovableHandle] = []
         self._bare: list[nn.Parameter] = []
 
     def __enter__(self) -> GradientCheck:
+        # On all modules and not on these: a copy that is made of the model meanwhile shall not have them.
+        self._handles.append(register_module_forward_pre_hook(self._note_run))
         for _, module in self._owners:
-            self._handles.append(module.register_forward_pre_hook(self._note_run))
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad and parameter.is_leaf:
                     if parameter._post_accumulate_grad_hooks is None:
@@ -58,7 +61,8 @@ class GradientCheck:
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
 
     def _note_run(self, module: nn.Module, args: Any) -> None:
-        self._ran.add(module)
+        if module in self._watched:
+            self._ran.add(module)
 
     def missing(self) -> list[str]:
         """Names of trainable parameters whose module ran and that got no gradient.

@@ -8,7 +8,7 @@ those of FSDP included, stay outside of what is replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 from torch import nn
@@ -54,7 +54,8 @@ def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str]
         require_input_grad=settings.input_grads == "always" and first_of_stack[block.stack] == block.name,
         options=settings.checkpoint_options,
     )
-    return Replayable(block.name, tuple(block.module.parameters()), BlockState(block.module, settings.preserve_rng_state), variant, tally)
+    state = BlockState(block.module, settings.preserve_rng_state)
+    return Replayable(block.name, tuple(block.module.parameters()), state, variant, tally)
 
 
 class _Forward:
@@ -64,6 +65,7 @@ class _Forward:
         self._module = module
         self._block = block
         self._original: Callable[..., Any] = module.forward
+        self._theirs: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._block.run(self._original, args, kwargs)
@@ -79,3 +81,11 @@ class _Forward:
             vars(self._module).pop("forward", None)
         else:
             vars(self._module)["forward"] = self._theirs
+
+    def __reduce__(self) -> Any:
+        # A copy of the model that is made within a step is not under the plan.
+        return _forward_of, (self._module, self._theirs)
+
+
+def _forward_of(module: nn.Module, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
+    return theirs if theirs is not None else MethodType(type(module).forward, module)

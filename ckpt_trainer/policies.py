@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from ckpt_trainer.blocks import Block
@@ -60,8 +61,11 @@ def _modes_by_block(blocks: Sequence[Block], settings: Settings) -> dict[str, st
         if not named:
             stacks = Counter((block.stack, block.component) for block in blocks)
             found = ", ".join(f"{stack} ({num} x {component})" for (stack, component), num in stacks.items())
+            near = get_close_matches(key, [*COMPONENTS, *(block.stack for block in blocks)], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"checkpointing_modules names {key!r}, which matches no block. Blocks of this model: {found or 'none'}."
+                f"checkpointing_modules names {key!r}, which matches no block. "
+                f"Blocks of this model: {found or 'none'}.{hint}"
             )
         modes |= dict.fromkeys(named, mode)
     return modes
@@ -74,4 +78,4 @@ def _names(key: str, block: Block) -> bool:
 
 
 def _recompute(block: Block) -> Action:
-    return RECOMPUTE if block.trainable else Action("recompute", "frozen: only where a gradient passes")
+    return RECOMPUTE if block.trainable else Action("recompute", "frozen, if a gradient passes")

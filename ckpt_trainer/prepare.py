@@ -179,7 +179,10 @@ def refuse_reentrant(model: nn.Module) -> None:
         ValueError: A config of the model says that it captures or shares tensors so; the message says which.
     """
     for config in _configs(model):
-        _refuse_escapes(vars(config), f"this model: {type(config).__name__} has")
+        # Not vars(config): transformers 5 keeps some of them under another name, behind a property.
+        _refuse_escapes(
+            {key: getattr(config, key, None) for key in _ESCAPES}, f"this model: {type(config).__name__} has"
+        )
 
 
 @contextmanager

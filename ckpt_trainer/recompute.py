@@ -5,7 +5,8 @@ This is the only file that calls `torch.utils.checkpoint`. Which blocks are repl
 NOTE on exactness. A replay is the same computation on the same values, so that gradients are equal to the last bit, if
   1. the inputs are the same: every tensor argument, positional, keyword or in a tuple, goes through the checkpoint as a
      positional argument, so autograd guards it against changes in place and (reentrant) sees where gradients go.
-     Lists, dicts and other objects are handed on as they are: blocks pass values to later blocks through them;
+     Lists, dicts and other objects are handed on as they are, for blocks pass values to later blocks through them; a
+     replay gets a copy of what they held when the forward began;
   2. the random numbers are the same: the state of their generators is restored where the block drew any;
   3. the buffers are the same: the replay sees those of before the forward and writes to copies, so that running
      statistics are updated once (for both see `block_state`);
@@ -16,7 +17,8 @@ NOTE on exactness. A replay is the same computation on the same values, so that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
+from ckpt_trainer import side_channels
 from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
 from ckpt_trainer.flops import FlopCounter
 
@@ -36,6 +39,7 @@ class Tally:
     Args:
         calls: Calls by what was done: `recompute`, `no graph` (nothing needs a gradient), `no grad` (gradients are
             off), or why a call could not be replayed.
+        checkpointed: Calls that backward may replay, by block name.
         replays: Replays by block name.
         last_replayed: Name of the block replayed last; where a replay does not match its forward, this is the block.
         unrestored: Blocks that drew random numbers which are not restored, because the user said so.
@@ -44,6 +48,7 @@ class Tally:
     """
 
     calls: Counter[str] = field(default_factory=Counter)
+    checkpointed: Counter[str] = field(default_factory=Counter)
     replays: Counter[str] = field(default_factory=Counter)
     last_replayed: str | None = None
     unrestored: set[str] = field(default_factory=set)
@@ -110,6 +115,7 @@ class Replayable:
             self.tally.calls["no graph"] += 1
             return forward(*_fill(args, tensors), **_fill_each(kwargs, tensors))
         self.tally.calls["recompute"] += 1
+        self.tally.checkpointed[self.name] += 1
         return self._checkpointed(_Call(self, forward, args, kwargs), tensors)
 
     def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -120,9 +126,11 @@ class Replayable:
         # torch keeps no random state: the call does, and only where numbers are drawn.
         if not self.variant.use_reentrant:
             return checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False, **self.variant.options)
-        _refuse_side_channels(self.name, (*call.args, *call.kwargs.values()))
+        side_channels.refuse_containers(self.name, (*call.args, *call.kwargs.values()))
         flat = _FlatCall(call)
-        outputs = checkpoint(flat, *tensors, use_reentrant=True, preserve_rng_state=False)
+        with side_channels.refuse_attributes(self.name, self.state.modules, first=not self.state.watched):
+            outputs = checkpoint(flat, *tensors, use_reentrant=True, preserve_rng_state=False)
+        side_channels.refuse_outputs(self.name, flat.leaves, outputs, any(p.requires_grad for p in self.parameters))
         return flat.rebuild(outputs)
 
 
@@ -141,7 +149,12 @@ class _Call:
     def __call__(self, *tensors: Tensor) -> Any:
         args, kwargs = _fill(self.args, tensors), _fill_each(self.kwargs, tensors)
         if self.before is None:
+            # Not the containers themselves: they may be appended to later, and hold the graph that holds this.
+            self.args = tuple(_copy_of(value) for value in self.args)
+            self.kwargs = {key: _copy_of(value) for key, value in self.kwargs.items()}
             return self._first(tensors, args, kwargs)
+        args = tuple(_copy_of(value) for value in args)
+        kwargs = {key: _copy_of(value) for key, value in kwargs.items()}
         self.block.tally.replays[self.block.name] += 1
         self.block.tally.last_replayed = self.block.name
         with as_before(self.before):
@@ -187,21 +200,33 @@ class _Hole:
 
 
 def _lift(value: Any, tensors: list[Tensor]) -> Any:
-    """Move the tensors of a value to a list, leaving holes. Only into plain tuples: others may be shared and written."""
+    """Move the tensors of a value to a list, leaving holes. Only into tuples: others may be shared and written."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return _Hole(len(tensors) - 1)
-    if type(value) is tuple:
-        return tuple(_lift(item, tensors) for item in value)
+    if _is_plain_tuple(value):
+        return _tuple_like(value, [_lift(item, tensors) for item in value])
     return value
 
 
 def _fill(value: Any, tensors: Sequence[Tensor]) -> Any:
     if type(value) is _Hole:
         return tensors[value.index]
-    if type(value) is tuple:
-        return tuple(_fill(item, tensors) for item in value)
+    if _is_plain_tuple(value):
+        return _tuple_like(value, [_fill(item, tensors) for item in value])
     return value
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields"))
+
+
+def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    return tuple(items) if type(value) is tuple else type(value)(*items)
+
+
+def _copy_of(value: Any) -> Any:
+    return copy(value) if isinstance(value, (MutableSequence, MutableMapping)) else value
 
 
 def _fill_each(values: dict[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -224,13 +249,3 @@ def _require_grad_of_one(tensors: list[Tensor]) -> None:
             # A clone may be changed in place by the block; a leaf that requires grad may not.
             tensors[index] = tensor.detach().requires_grad_().clone()
             return
-
-
-def _refuse_side_channels(name: str, values: Sequence[Any]) -> None:
-    for value in values:
-        if isinstance(value, dict) or (isinstance(value, list) and any(item is not None for item in value)):
-            raise ValueError(
-                f"checkpointing_use_reentrant=True gives wrong gradients here: block {name!r} is handed a "
-                f"{type(value).__name__}, through which blocks can pass tensors that the reentrant variant cuts from "
-                "the graph. Set checkpointing_use_reentrant=False."
-            )

@@ -6,7 +6,7 @@ Returns strings and plain data; never prints and never logs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.plan import Plan, Settings
+from ckpt_trainer.plan import RECOMPUTE, Plan, Settings
 from ckpt_trainer.recompute import Tally
 
 
@@ -27,7 +27,7 @@ def first_line(plan: Plan, blocks: Sequence[Block], settings: Settings, hooks_ta
     parts = []
     for component in dict.fromkeys(block.component for block in blocks):
         own = [block for block in blocks if block.component == component]
-        recomputed = sum(plan[block.name].kind == "recompute" for block in own)
+        recomputed = sum(plan[block.name] == RECOMPUTE for block in own)
         notes = Counter(_why_not(plan, block) for block in own)
         others = ", ".join(f"{number} {note}" for note, number in notes.items() if note)
         parts.append(f"{recomputed}/{len(own)} {component} blocks recomputed" + (f" ({others})" if others else ""))
@@ -48,15 +48,14 @@ def _why_not(plan: Plan, block: Block) -> str:
 
 
 def memory_report(
-    plan: Plan, blocks: Sequence[Block], tally: Tally, forward_flops: int | None, num_steps: int
+    plan: Plan, blocks: Sequence[Block], tally: Tally, recomputable_share: float | None
 ) -> dict[str, Any]:
     """What was done so far.
 
     Returns:
         `blocks`: per component, number of blocks by action; `calls`: calls of blocks by what was done with them;
-        `recomputed_blocks`: replays, all together and by block; `num_steps`: forward and backward passes;
-        `recomputed_flops_share`: FLOPs of replays / FLOPs of forwards, None if not measured; `memory`: bytes, see
-        `memory_bytes`; `plan`: block name -> action.
+        `recomputed_blocks`: replays, all together, and `recomputed_by_block`; `recomputed_flops_share`: FLOPs of replays
+        / FLOPs of forwards, None if not measured; `memory`: bytes, see `memory_bytes`; `plan`: block name -> action.
     """
     kinds: dict[str, Counter[str]] = {}
     for block in blocks:
@@ -66,23 +65,22 @@ def memory_report(
         "calls": dict(tally.calls),
         "recomputed_blocks": sum(tally.replays.values()),
         "recomputed_by_block": dict(tally.replays),
-        "recomputed_flops_share": flops_share(tally.replays, tally.block_flops, forward_flops, num_steps),
-        "num_steps": num_steps,
+        "recomputed_flops_share": flops_share(tally, recomputable_share),
         "memory": memory_bytes(blocks[0].module if blocks else None),
         "plan": {name: str(action) for name, action in plan.actions.items()},
     }
 
 
-def flops_share(
-    replays: Mapping[str, int], block_flops: Mapping[str, int], forward_flops: int | None, num_steps: int
-) -> float | None:
-    """FLOPs of replays / FLOPs of forwards, by what one forward of each block and of the model took when measured.
+def flops_share(tally: Tally, recomputable_share: float | None) -> float | None:
+    """FLOPs of replays / FLOPs of forwards, by what blocks and model took in the first forward.
 
     A replay stops once it has what backward needs, mostly before its last matrix product; it counts here as a whole.
     """
-    if not forward_flops or not num_steps:
+    if recomputable_share is None:
         return None
-    return sum(block_flops.get(name, 0) * number for name, number in replays.items()) / (forward_flops * num_steps)
+    forwards = sum(tally.block_flops.get(name, 0) * number for name, number in tally.checkpointed.items())
+    replays = sum(tally.block_flops.get(name, 0) * number for name, number in tally.replays.items())
+    return recomputable_share * replays / forwards if forwards else 0.0
 
 
 def memory_bytes(module: nn.Module | None) -> dict[str, int]:
@@ -124,33 +122,43 @@ def explain_lost(names: Sequence[str], blocks: Sequence[Block]) -> str:
     return (
         f"the first backward gave no gradient to {_some(names)}, in block {block!r} and its like, which was replayed. "
         "The reentrant variant cuts what leaves a block by another way than its return value. Set "
-        "checkpointing_use_reentrant=False; or checkpointing_self_check=False, if they are meant to get none."
+        "checkpointing_use_reentrant=False; or checkpointing_self_check=False, if they get none without it either."
     )
 
 
-def explain_unreached(names: Sequence[str]) -> str:
+def explain_unreached(names: Sequence[str], blocks: Sequence[Block]) -> str:
     """Trainable parameters that ran and got no gradient, by no fault of the replay."""
+    by_block = Counter(next(block.name for block in blocks if name.startswith(f"{block.name}.")) for name in names)
+    shown = [names[0]] if len(names) == 1 else [f"{name} ({number} parameters)" for name, number in by_block.items()]
     return (
-        f"the first backward gave no gradient to {_some(names)}, whose modules ran. Recomputing is not the cause: what "
+        f"the first backward gave no gradient to {_some(shown)}, whose modules ran. Recomputing is not the cause: what "
         "they compute is not part of the loss, or they run under no_grad. Freeze them to save memory, or look there; "
         "checkpointing_self_check=False ends this check."
     )
 
 
-def explain_no_effect(tally: Tally, recomputed: Sequence[Block]) -> str:
-    """Where calls of blocks were not replayed in the first step though the plan says so: why; empty if all is well."""
+def explain_no_effect(tally: Tally, recomputed: Sequence[Block]) -> list[str]:
+    """Where the first step did not do what the plan or a setting says: what, and why; empty if all is well."""
+    found = []
     cached = tally.calls["got a key/value cache"]
     if cached:
-        return (
-            f"{cached} calls of blocks got a key/value cache and were kept, since a replay would add to it again. Turn "
-            "it off to recompute them: use_cache=False in the training arguments and in the call of the model."
+        found.append(
+            f"{cached} calls of blocks got a key/value cache and were kept, since a replay would add to it again. "
+            "use_cache=False turns it off; methods that train a prefix need it, and leave nothing to recompute."
         )
-    if recomputed and tally.calls and not tally.calls["recompute"]:
+    elif tally.calls and not tally.calls["recompute"]:
         calls = ", ".join(f"{number} {why}" for why, number in tally.calls.items() if number)
-        return f"{len(recomputed)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
-    return ""
+        found.append(
+            f"{len(recomputed)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
+        )
+    if tally.unrestored:
+        found.append(
+            f"preserve_rng_state=False: {len(tally.unrestored)} blocks draw random numbers ({min(tally.unrestored)}, ...), "
+            "others when they are replayed. Their gradients are wrong; remove it."
+        )
+    return found
 
 
 def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more parameters" if len(names) > limit else ""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -7,6 +7,7 @@ of `Trainer`, TRL's included.
 from __future__ import annotations
 
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,12 +15,16 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ckpt_trainer import memory
+from ckpt_trainer.blocks import find_blocks
 from ckpt_trainer.engine import Checkpointing
+from ckpt_trainer.policies import make_plan
 from ckpt_trainer.prepare import UseCache
 from ckpt_trainer.training_args import settings_of
 
 # What makes transformers turn on its own checkpointing; the newer name and the older one.
 _SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
+
+_NOTHING = logging.CRITICAL + 1
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -41,6 +46,11 @@ class CheckpointingMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        order = [base for base in cls.__mro__ if base is CheckpointingMixin or vars(base).get("training_step")]
+        if order[0] is Trainer or (Trainer in order and order.index(Trainer) < order.index(CheckpointingMixin)):
+            raise TypeError(
+                f"{cls.__name__} names CheckpointingMixin after a trainer; put it first, or it does nothing."
+            )
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base) and base is not CheckpointingMixin)
         signature = inspect.signature(vars(owner)["__init__"])
         parameters = list(signature.parameters.values())[1:]
@@ -49,7 +59,9 @@ class CheckpointingMixin(_Base):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._checkpointing_remember(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
-        settings_of(self.args)
+        settings = settings_of(self.args)
+        if settings.modules and isinstance(self.model, nn.Module):
+            make_plan(find_blocks(self.model), settings)  # names in it that match nothing are told now
         if self._checkpointing_use_cache is not None:
             self._checkpointing_use_cache.restore()
         # First in the list, so that other callbacks see the arguments as the user gave them.
@@ -100,18 +112,29 @@ class CheckpointingMixin(_Base):
     def _checkpointing_of(self, model: nn.Module) -> Checkpointing:
         if self._checkpointing is None or self._checkpointing.model is not model:
             memory.reset_peak(self.args.device)
-            self._checkpointing = Checkpointing(model, settings_of(self.args), quiet=not self.is_world_process_zero())
+            self._checkpointing = Checkpointing(model, settings_of(self.args), self._checkpointing_log_from())
         return self._checkpointing
 
+    def _checkpointing_log_from(self) -> int:
+        if not self.is_world_process_zero():
+            return _NOTHING
+        # The line at the start is meant to be seen: only a level that the user set hides it.
+        return logging.INFO if self.args.log_level == "passive" else int(self.args.get_process_log_level())  # type: ignore[no-untyped-call]
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._checkpointing is not None:
-            logs = {**logs, **self._checkpointing_metrics(self._checkpointing)}
+        state = self._checkpointing
+        if "loss" in logs and state is not None and state.plan.count("recompute"):
+            if not state.is_used:
+                state.warn_unused(type(self).__name__)
+            logs = {**logs, **self._checkpointing_metrics(state)}
         super().log(logs, *args, **kwargs)
 
     def _checkpointing_metrics(self, checkpointing: Checkpointing) -> dict[str, float]:
         report = checkpointing.report()
         replays = report["recomputed_blocks"]
-        metrics = {"recomputed_blocks": replays - self._checkpointing_logged, **report["memory"]}
+        metrics = dict(report["memory"])
+        if report["calls"]:  # none are seen where the model is compiled
+            metrics["recomputed_blocks"] = replays - self._checkpointing_logged
         self._checkpointing_logged = replays
         if report["recomputed_flops_share"] is not None:
             metrics["recomputed_flops_share"] = round(report["recomputed_flops_share"], 4)
@@ -124,7 +147,7 @@ class CheckpointingMixin(_Base):
         """
         if self._checkpointing is None:
             assert isinstance(self.model, nn.Module)
-            return Checkpointing(self.model, settings_of(self.args), quiet=True).report()
+            return Checkpointing(self.model, settings_of(self.args), _NOTHING).report()
         return self._checkpointing.report()
 
 

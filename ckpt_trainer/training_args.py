@@ -162,6 +162,24 @@ def settings_of(args: TrainingArguments) -> Settings:
     return settings
 
 
+def settings_of_flags(flags: Mapping[str, Any]) -> Settings:
+    """Settings from flags without their prefix, and options of torch's checkpoint, for a loop of one's own.
+
+    Raises:
+        TypeError: There is no such flag or option; names the nearest.
+        ValueError: A value is not valid.
+    """
+    names = [name.removeprefix("checkpointing_") for name in _DEFAULTS]
+    options = [name for name in _HF_OPTIONS if name not in ("every_n_layers", "offload", "use_reentrant")]
+    for flag in flags:
+        if flag not in names and flag not in options:
+            valid = [*names, *options]
+            raise TypeError(f"{flag!r} is not one of {', '.join(valid)}. Did you mean {_nearest(flag, valid)!r}?")
+    arguments = CheckpointingArguments(**{f"checkpointing_{name}": flags[name] for name in names if name in flags})
+    arguments.gradient_checkpointing_kwargs = {name: flags[name] for name in options if name in flags}
+    return arguments.settings()
+
+
 def _read_modules(value: Any) -> tuple[tuple[str, str], ...]:
     modules = _read_dict("checkpointing_modules", value)
     for name, mode in modules.items():

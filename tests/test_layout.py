@@ -16,12 +16,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ckpt_trainer"
 
 FLOOR = {
-    "plan": 0, "log": 0, "block_state": 0, "blocks": 1, "memory": 1, "flops": 1, "recompute": 2, "policies": 3,
-    "install": 3, "prepare": 3, "gradient_check": 3, "training_args": 4, "report": 4, "engine": 5, "trainer": 6,
-    "__init__": 7,
+    "plan": 0, "log": 0, "block_state": 0, "side_channels": 0, "blocks": 1, "memory": 1, "flops": 1, "recompute": 2,
+    "policies": 3, "install": 3, "prepare": 3, "gradient_check": 3, "first_pass": 4, "training_args": 4, "report": 4,
+    "engine": 5, "trainer": 6, "__init__": 7,
 }  # fmt: skip
 DECIDING = {"policies"}
-DOING = {"block_state", "recompute", "install", "prepare", "gradient_check"}
+DOING = {"block_state", "side_channels", "recompute", "install", "prepare", "gradient_check"}
 FLAGS = {field.name for field in dataclasses.fields(CheckpointingArguments)}
 
 

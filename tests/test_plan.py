@@ -101,7 +101,7 @@ def test_frozen_blocks_say_so():
     model = llama(2)
     model.model.layers[0].requires_grad_(False)
     plan = make_plan(find_blocks(model), Settings())
-    assert [action.reason for action in plan.actions.values()] == ["frozen: only where a gradient passes", ""]
+    assert [action.reason for action in plan.actions.values()] == ["frozen, if a gradient passes", ""]
 
 
 def test_a_vision_language_model_by_parts():
