@@ -48,10 +48,21 @@ class Installed:
             forward.take_back()
 
 
+# (setting, is first of its stack) -> whether an input is made to require grad, see `Variant`.
+_INPUT_GRADS = {
+    ("always", True): True,
+    ("always", False): None,
+    ("auto", True): None,
+    ("auto", False): None,
+    ("never", True): False,
+    ("never", False): False,
+}
+
+
 def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str], tally: Tally) -> Replayable:
     variant = Variant(
         use_reentrant=settings.use_reentrant,
-        require_input_grad=settings.input_grads == "always" and first_of_stack[block.stack] == block.name,
+        require_input_grad=_INPUT_GRADS[settings.input_grads, first_of_stack[block.stack] == block.name],
         options=settings.checkpoint_options,
     )
     state = BlockState(block.module, settings.preserve_rng_state)

@@ -62,12 +62,13 @@ class Variant:
 
     Args:
         use_reentrant: Use torch's reentrant variant.
-        require_input_grad: Give the block an input that requires grad even if it got none.
+        require_input_grad: Give the block an input that requires grad if it got none. True always; None where the
+            reentrant variant needs it; False never.
         options: More keyword arguments for `torch.utils.checkpoint.checkpoint`.
     """
 
     use_reentrant: bool = False
-    require_input_grad: bool = False
+    require_input_grad: bool | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -109,7 +110,8 @@ class Replayable:
         tensors: list[Tensor] = []
         args, kwargs = _lift(args, tensors), {key: _lift(value, tensors) for key, value in kwargs.items()}
         trainable = any(parameter.requires_grad for parameter in self.parameters)
-        if self.variant.require_input_grad or (self.variant.use_reentrant and trainable):
+        required = self.variant.require_input_grad
+        if required or (required is None and self.variant.use_reentrant and trainable):
             _require_grad_of_one(tensors)
         if not trainable and not any(tensor.requires_grad for tensor in tensors):
             self.tally.calls["no graph"] += 1

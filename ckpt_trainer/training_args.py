@@ -72,11 +72,11 @@ class CheckpointingArguments:
     )
     checkpointing_input_grads: str = field(
         default="auto",
-        metadata={"help": "Make the embeddings require grad: `auto` (where reentrant needs it), `always`, `never`."},
+        metadata={"help": "Make inputs require grad: `auto` (of blocks, where reentrant needs it), `always`, `never`."},
     )
     checkpointing_self_check: bool = field(
         default=True,
-        metadata={"help": "After the first backward, stop if a trainable parameter that took part has no gradient."},
+        metadata={"help": "After the first backward: has a recomputed block lost a gradient? An error if it has."},
     )
 
     _constructed = False  # Not annotated, so not a field.

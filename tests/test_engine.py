@@ -376,6 +376,14 @@ def test_inputs_require_grad_where_asked_also_without_embeddings(build, input_gr
     assert state.tally.calls == calls
 
 
+def test_reentrant_with_inputs_that_never_require_grad_is_refused():
+    model = llama(2)
+    model.get_input_embeddings().requires_grad_(False)
+    with pytest.raises(ValueError, match="has trainable parameters, and nothing that it returns needs a gradient"):
+        with checkpointing(model, use_reentrant=True, input_grads="never"):
+            step(model)
+
+
 def test_evaluation_in_the_middle_is_left_alone():
     model = llama(2)
     with checkpointing(model) as state:
