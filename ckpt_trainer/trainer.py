@@ -46,8 +46,7 @@ class CheckpointingMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        order = [base for base in cls.__mro__ if base is CheckpointingMixin or vars(base).get("training_step")]
-        if order[0] is Trainer or (Trainer in order and order.index(Trainer) < order.index(CheckpointingMixin)):
+        if Trainer in cls.__mro__ and cls.__mro__.index(Trainer) < cls.__mro__.index(CheckpointingMixin):
             raise TypeError(
                 f"{cls.__name__} names CheckpointingMixin after a trainer; put it first, or it does nothing."
             )
