@@ -181,6 +181,14 @@ class FillsBuffer(Mlp):
         return super().forward(x - self.mean + self.late)
 
 
+class RegistersBuffer(Mlp):
+    def forward(self, x):
+        if "late" not in self._buffers:
+            self.register_buffer("late", torch.ones(8))
+            return super().forward(x)
+        return super().forward(x * self.late * 2)
+
+
 def spectral():
     module = Mlp()
     nn.utils.parametrizations.spectral_norm(module.up)
@@ -188,7 +196,7 @@ def spectral():
 
 
 @both
-@pytest.mark.parametrize("build", [Normed, CountsCalls, ReplacesBuffer, FillsBuffer, spectral])
+@pytest.mark.parametrize("build", [Normed, CountsCalls, ReplacesBuffer, FillsBuffer, RegistersBuffer, spectral])
 def test_buffers_are_updated_once_and_replayed_as_they_were(variant, build):
     assert_exact(build, positional, variant)
 
@@ -440,3 +448,22 @@ def test_a_large_buffer_that_is_first_written_later_is_an_error_and_not_a_wrong_
     module.write = True
     with pytest.raises(RuntimeError, match=r"buffer 'table' of Later \(131072 bytes\) was written in place"):
         block.run(module.forward, (x,), {})
+
+
+class Appends(Mlp):
+    def forward(self, x, history):
+        history.append(x.detach() * 2)
+        return super().forward(x * sum(history))
+
+
+def test_a_list_that_the_block_appends_to_is_appended_to_once_by_each_forward():
+    def twice(replay):
+        module, history = seeded(Appends), [torch.ones(8)]
+        x = torch.ones(4, 8, requires_grad=True)
+        loss = (replayable(module).run(module.forward, (x, history), {}) if replay else module(x, history)).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert len(history) == 2
+        return gradients(module, x)
+
+    assert equal(twice(False), twice(True))
