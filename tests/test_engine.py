@@ -16,7 +16,7 @@ from ckpt_trainer import checkpointing, engine
 from ckpt_trainer.blocks import find_blocks
 from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.gradient_check import GradientCheck
-from ckpt_trainer.install import Installed
+from ckpt_trainer.install import Installed, _Forward
 from ckpt_trainer.memory import SavedBytes
 from ckpt_trainer.plan import Settings
 from ckpt_trainer.policies import make_plan
@@ -481,6 +481,7 @@ def test_a_copy_made_within_a_step_is_not_under_the_plan(copied):
         assert_equal(step(model.zero_grad() or model), step(teacher))
         assert state.tally.checkpointed == {"model.layers.0": 2, "model.layers.1": 2}
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in teacher.modules())
+    assert not any(type(vars(module).get("forward")) is _Forward for module in teacher.modules())
 
 
 class TakesList(Aside):
