@@ -1,0 +1,174 @@
+"""What autograd holds in place of a saved tensor: the tensor, or how to make it again.
+
+A packed tensor owns all that it needs and leads to no node, so that a graph that is dropped is freed. It is known by
+the node whose result it is, for as long as anyone holds it: what is saved twice is packed once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckpt_trainer.rebuild_rules import Node
+
+_KEY = "ckpt_trainer"
+
+
+class Held:
+    """A tensor stored in the graph as it is."""
+
+    __slots__ = ("__weakref__", "signature", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached, because the result of an op that saves it would else hold the op that holds it.
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = tensor._version
+        self.signature = hash((tensor.dtype, tensor.is_contiguous()))
+
+    @property
+    def is_rebuilt(self) -> bool:
+        return False
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the tensor is as it was when it was stored."""
+        return self.tensor._version == self.version
+
+    def use(self) -> None:
+        pass
+
+    def peek(self) -> Tensor:
+        return self.tensor
+
+    def get(self) -> Tensor:
+        if not self.is_valid:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"[{str(self.tensor.dtype)[6:]} {list(self.tensor.shape)}] is at version {self.tensor._version}; "
+                f"expected version {self.version} instead."
+            )
+        return self.tensor
+
+
+class Rebuilt:
+    """A tensor made again when backward asks for it: once for all who ask, and dropped after the last of them.
+
+    Args:
+        name: Of the op, for what must be told apart.
+        function: Gives the tensor from those of `inputs` and `arguments`.
+    """
+
+    __slots__ = ("__weakref__", "arguments", "function", "inputs", "left", "signature", "strides", "uses", "value")
+
+    def __init__(self, name: str, function: Any, inputs: tuple[Packed, ...], arguments: tuple[Any, ...] = ()) -> None:
+        self.function = function
+        self.inputs = inputs
+        self.arguments = arguments
+        self.signature: int = hash((name, *(packed.signature for packed in inputs)))
+        self.strides: tuple[int, ...] | None = None
+        self.uses = self.left = 0
+        self.value: Tensor | None = None
+        for packed in inputs:
+            packed.use()
+
+    @property
+    def is_rebuilt(self) -> bool:
+        """Whether an op has to run; a view of what is stored takes none."""
+        return self.function is not as_view or self.inputs[0].is_rebuilt
+
+    @property
+    def is_valid(self) -> bool:
+        return True  # what it is made from is checked when it is made
+
+    def use(self) -> None:
+        self.uses += 1
+        self.left += 1
+
+    def peek(self) -> Tensor:
+        """The tensor, by nobody's request."""
+        if self.value is not None:
+            return self.value
+        return self._shaped(self.function(*(packed.peek() for packed in self.inputs), *self.arguments))
+
+    def get(self) -> Tensor:
+        value = self.value
+        if value is None:
+            value = self._shaped(self.function(*(packed.get() for packed in self.inputs), *self.arguments))
+        self.left -= 1
+        self.value = value if self.left > 0 else None
+        if self.left <= 0:
+            self.left = self.uses  # for a graph that is kept and run again
+        return value
+
+    def _shaped(self, value: Tensor) -> Tensor:
+        if self.strides is None or value.stride() == self.strides:
+            return value
+        return torch.empty_strided(value.shape, self.strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
+class _Nothing(Held):
+    """What a node saved of an argument that was not given."""
+
+    def __init__(self) -> None:
+        self.signature = 0
+
+    @property
+    def is_valid(self) -> bool:
+        return True
+
+    def peek(self) -> Any:
+        return None
+
+    get = peek
+
+
+NOTHING = _Nothing()
+Packed = Held | Rebuilt
+
+
+def unpack(packed: Packed) -> Tensor:
+    """The hook that gives autograd the tensor."""
+    with torch.no_grad(), torch._C._DisableAutocast():
+        return packed.get()
+
+
+def as_view(base: Tensor, size: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+    """A view of a rebuilt base as one of the base was; `offset` counts from where the base begins."""
+    return base.as_strided(size, stride, base.storage_offset() + offset)
+
+
+def known(node: Node, output: int) -> Packed | None:
+    """What a result of a node was packed as, if anyone holds it still."""
+    reference = node.metadata.get((_KEY, output))
+    packed: Packed | None = reference() if reference is not None else None
+    return packed
+
+
+def remember(node: Node, output: int, packed: Packed) -> None:
+    """Let `known` find it."""
+    # By the node and not by us: the graph owns it. Weakly, for what is packed may lead to nodes.
+    node.metadata[_KEY, output] = weakref.ref(packed)
+
+
+def saved_by(node: Node, name: str) -> Packed | None:
+    """What was packed of an argument that a node saved."""
+    packed = packed_of(getattr(node, f"_raw_saved_{name}"))
+    return None if packed is NOTHING else packed
+
+
+def packed_of(saved: Any) -> Packed | None:
+    """The same of one `SavedTensor`; `NOTHING` where the op was given none."""
+    if saved.unpack_hook is unpack:
+        packed: Packed = saved.data
+        return packed
+    if saved.unpack_hook is not None:
+        return None  # others' hooks are not ours to call
+    # Without hooks are numbers that became tensors, and nodes from outside.
+    try:
+        tensor = saved.unpack()
+    except RuntimeError:  # changed in place since
+        return None
+    return NOTHING if tensor is None else Held(tensor)
