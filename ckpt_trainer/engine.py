@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from ckpt_trainer.first_pass import FirstPass
 from ckpt_trainer.install import Installed
 from ckpt_trainer.log import logger
 from ckpt_trainer.plan import Plan, Settings
-from ckpt_trainer.policies import make_plan
+from ckpt_trainer.policies import BlockPolicy, make_plan
 from ckpt_trainer.prepare import (
     UseCache,
     input_grads,
@@ -42,6 +43,7 @@ class Checkpointing:
         model: The model as it is called in a step: bare, or wrapped by PEFT, DDP, FSDP or a compiler.
         settings: What was asked for.
         log_from: Level from which on to log: `logging.INFO`, or above `logging.CRITICAL` for nothing.
+        policy: A user's own, asked for the action of each block whenever a plan is made; see `policies.make_plan`.
 
     Attributes:
         blocks: The blocks of the model, in forward order.
@@ -52,9 +54,12 @@ class Checkpointing:
 
     Raises:
         ValueError: The settings ask for something that this model cannot do.
+        TypeError: The policy returned something that is no action.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings, log_from: int = logging.INFO) -> None:
+    def __init__(
+        self, model: nn.Module, settings: Settings, log_from: int = logging.INFO, policy: BlockPolicy | None = None
+    ) -> None:
         self.model = model
         self.settings = settings
         self.blocks = find_blocks(model)
@@ -64,6 +69,7 @@ class Checkpointing:
         self._begun = False
         self._use_cache = UseCache(model)
         self._log_from = log_from
+        self._policy = policy
         self._switched = modules_switched_on(model)
         if settings.use_reentrant:
             refuse_reentrant(model)
@@ -81,19 +87,20 @@ class Checkpointing:
 
     def _carry_out(self) -> None:
         self._trainable = [block.trainable for block in self.blocks]
-        self.plan: Plan = make_plan(self.blocks, self.settings)
+        self.plan: Plan = make_plan(self.blocks, self.settings, self._policy)
         self._installed = Installed(self.blocks, self.plan, self.settings, self.tally)
-        if isinstance(self.model, nn.DataParallel) and self.plan.count("recompute"):
+        if isinstance(self.model, nn.DataParallel) and self.plan.is_active:
             raise ValueError(
                 "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
                 "single blocks does not survive. Start with `torchrun --nproc_per_node=N` or `accelerate launch`, or "
                 "use one device (CUDA_VISIBLE_DEVICES=0)."
             )
-        self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings, bool(self._needless_hooks)))
+        hooks, own = bool(self._needless_hooks), self._policy is not None
+        self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings, hooks, own))
 
     @property
     def _cache_wanted(self) -> bool | None:
-        if self.settings.use_cache is None and self.plan.count("recompute"):
+        if self.settings.use_cache is None and self.plan.is_active:
             return False
         return self.settings.use_cache
 
@@ -141,9 +148,9 @@ class Checkpointing:
             self._conclude(first)
 
     def _first_pass(self) -> FirstPass | None:
-        if self._concluded or not self._recomputed or not _is_eager(self.model):
+        if self._concluded or not self._planned or not _is_eager(self.model):
             return None
-        return FirstPass(self.model, self._recomputed, self.tally, self._conclude)
+        return FirstPass(self.model, self._planned, self.tally, self._conclude)
 
     def _conclude(self, first: FirstPass) -> None:
         """Say what the first forward and backward showed."""
@@ -156,15 +163,27 @@ class Checkpointing:
         replayed = tuple(f"{name}." for name in self.tally.replays)
         lost = [name for name in missing if name.startswith(replayed)]
         if lost and self.settings.use_reentrant:
-            raise RuntimeError(report.explain_lost(lost, self._recomputed))
+            raise RuntimeError(report.explain_lost(lost, self._planned))
         if missing:
-            self._say(logging.WARNING, report.explain_unreached(missing, self._recomputed))
-        for text in report.explain_no_effect(self.tally, self._recomputed):
+            self._say(logging.WARNING, report.explain_unreached(missing, self._planned))
+        installed = self._installed
+        if unmatched := installed.unmatched():
+            ran = [selection for selection in installed.stored.values() if selection.has_run]
+            ops = sum((selection.ops.seen for selection in ran if selection.ops is not None), Counter[str]())
+            raise ValueError(report.explain_unmatched(unmatched, ops, ran[0].modules.names))
+        notes = report.explain_no_effect(self.tally, self._planned)
+        notes += report.explain_selection(installed.stored, installed.rebuilding, self.tally)
+        if self.settings.segment != 1 and self.tally.replays and not self.tally.rebuilt_inputs:
+            notes.append(
+                f"checkpointing_segment={self.settings.segment!r} had no effect: no block got the very output of the one "
+                "before it, as under FSDP2 and where blocks in between are kept."
+            )
+        for text in notes:
             self._say(logging.WARNING, text)
 
     @property
-    def _recomputed(self) -> list[Block]:
-        return [block for block in self.blocks if self.plan[block.name].kind == "recompute"]
+    def _planned(self) -> list[Block]:
+        return [block for block in self.blocks if self.plan[block.name].kind != "keep"]
 
     def report(self) -> dict[str, Any]:
         """What was done so far, as plain data; see `report.memory_report`."""
@@ -200,7 +219,9 @@ def _is_eager(model: nn.Module) -> bool:
 
 
 @contextmanager
-def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterator[Checkpointing]:
+def checkpointing(
+    model: nn.Module, mode: str | None = None, *, policy: BlockPolicy | None = None, **flags: Any
+) -> Iterator[Checkpointing]:
     """Activation checkpointing for a training loop of your own.
 
     ```python
@@ -216,10 +237,12 @@ def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterato
 
     Args:
         model: Any module with repeated blocks, wrapped (PEFT, DDP, FSDP) or not.
-        mode: As `checkpointing_mode`.
-        flags: The other flags without their prefix: `modules`, `every_n`, `skip_frozen`, `use_reentrant`, `input_grads`,
-            `self_check`; and of torch's checkpoint `preserve_rng_state`, `determinism_check`, `context_fn`, `debug`,
-            `early_stop`.
+        mode: As `checkpointing_mode`; not given: `full`, unless there is a `plan`.
+        policy: A function of a `Block` that returns its `Action`, the text of one (`selective:attention`), or None for
+            what the mode says.
+        flags: The other flags without their prefix: `modules`, `every_n`, `save`, `segment`, `plan` (also a `Plan`),
+            `skip_frozen`, `use_reentrant`, `input_grads`, `self_check`; and of torch's checkpoint `preserve_rng_state`,
+            `determinism_check`, `context_fn`, `debug`, `early_stop`.
 
     Yields:
         What is in force: its `plan`, and `report()` for what happened under it.
@@ -227,6 +250,7 @@ def checkpointing(model: nn.Module, mode: str = "full", **flags: Any) -> Iterato
     Raises:
         ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
     """
-    state = Checkpointing(model, settings_of_flags({"mode": mode, **flags}))
+    mode = "full" if mode is None and flags.get("plan") is None else mode
+    state = Checkpointing(model, settings_of_flags({"mode": mode, **flags}), policy=policy)
     with state.step():
         yield state

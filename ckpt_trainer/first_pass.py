@@ -45,6 +45,7 @@ class FirstPass:
 
     def __enter__(self) -> FirstPass:
         self._watching.enter_context(self._check)
+        self._tally.counts_replays = True
         for hook in (
             register_module_forward_pre_hook(self._start),
             register_module_forward_hook(self._stop, always_call=True),
@@ -57,6 +58,7 @@ class FirstPass:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._tally.counts_replays = False
         self._watching.close()
 
     def missing(self) -> list[str]:
@@ -68,7 +70,7 @@ class FirstPass:
             return
         if self.recomputable_share is None:
             self._tally.counter = self._counting.enter_context(FlopCounter())
-        elif self._tally.replays:
+        elif self._tally.replays or self._check.has_gradients:
             self._when_over(self)
 
     def _stop(self, module: nn.Module, args: Any, output: Any) -> None:

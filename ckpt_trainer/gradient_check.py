@@ -64,6 +64,11 @@ class GradientCheck:
         if module in self._watched:
             self._ran.add(module)
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether a backward came by."""
+        return bool(self._reached)
+
     def missing(self) -> list[str]:
         """Names of trainable parameters whose module ran and that got no gradient.
 

@@ -1,22 +1,30 @@
 """Carry out a plan on a model, and undo it.
 
-`Installed` gives each block that is to be replayed a `forward` of its own, on the instance, for as long as it is
+`Installed` gives each block that is not kept a `forward` of its own, on the instance, for as long as it is
 entered. Nothing else of the module changes: not its class, its hooks, its parameters or its name. Hooks on a block,
 those of FSDP included, stay outside of what is replayed.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import MethodType, TracebackType
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block
+from ckpt_trainer.ops import WORDS
 from ckpt_trainer.plan import Plan, Settings
-from ckpt_trainer.recompute import Replayable, Tally, Variant
+from ckpt_trainer.rebuild import Rebuilding
+from ckpt_trainer.recompute import Rebuildable, Replayable, Tally, Variant
+from ckpt_trainer.segments import Segments, segment_length
+from ckpt_trainer.stored_modules import StoredModules
+from ckpt_trainer.stored_results import StoredResults
 
 
 class Installed:
@@ -27,14 +35,43 @@ class Installed:
         plan: An action for each of them.
         settings: How to carry the plan out.
         tally: Where calls and replays are counted.
+
+    Attributes:
+        rebuilding: What blocks that store what is expensive rebuild.
+        stored: Block name -> what is stored of its modules and its ops, where it is replayed selectively.
     """
 
     def __init__(self, blocks: Sequence[Block], plan: Plan, settings: Settings, tally: Tally) -> None:
-        replayed = [block for block in blocks if plan[block.name].kind == "recompute"]
+        modules = [module for block in blocks for module in block.module.modules()]
+        self.rebuilding = Rebuilding(modules, from_parameters=not any(map(_is_sharded, modules)))
+        self.stored = {
+            block.name: Selection(block, plan[block.name].save)
+            for block in blocks
+            if plan[block.name].kind == "selective" and plan[block.name].save != EXPENSIVE
+        }
         first_of_stack = {block.stack: block.name for block in reversed(blocks)}
-        self._forwards = [
-            _Forward(block.module, _replayable(block, settings, first_of_stack, tally)) for block in replayed
-        ]
+        segments = _segments(blocks, plan, settings)
+        self._forwards = []
+        for block in blocks:
+            run: Rebuildable | Replayable
+            if plan[block.name].kind == "keep":
+                continue
+            if plan[block.name].save == EXPENSIVE:
+                run = Rebuildable(tuple(block.module.parameters()), self.rebuilding, tally)
+            else:
+                run = replace(
+                    _replayable(block, settings, first_of_stack, tally),
+                    storing=self.stored[block.name].storing if block.name in self.stored else (),
+                    segments=segments.get(block.stack) if plan[block.name].kind == "recompute" else None,
+                )
+            self._forwards.append(_Forward(block.module, run))
+
+    def unmatched(self) -> list[str]:
+        """Names of ops and modules to be stored that meant nothing, in the blocks that ran."""
+        ran = [selection for selection in self.stored.values() if selection.has_run]
+        matched = {entry for selection in ran for entry in selection.matched}
+        asked = dict.fromkeys(entry for selection in ran for entry in selection.save if entry not in WORDS)
+        return [entry for entry in asked if entry not in matched]
 
     def __enter__(self) -> Installed:
         for forward in self._forwards:
@@ -46,6 +83,59 @@ class Installed:
     ) -> None:
         for forward in self._forwards:
             forward.take_back()
+
+
+EXPENSIVE = ("expensive",)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether parameters of a module are whole only while it runs: under FSDP2 and DeepSpeed ZeRO-3."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in module.parameters(recurse=False))
+
+
+class Selection:
+    """What of one block is stored besides its inputs.
+
+    Args:
+        block: The block.
+        save: Names of modules and ops, or a tier, as in `Action`.
+    """
+
+    def __init__(self, block: Block, save: Sequence[str]) -> None:
+        self.save = save
+        self.modules = StoredModules(block.module, block.name, save)
+        ops = [entry for entry in save if entry not in self.modules.matched or entry in WORDS]
+        # Without names of ops there is no dispatch mode.
+        self.ops = StoredResults(block.module, block.name, ops) if ops else None
+
+    @property
+    def storing(self) -> tuple[StoredModules | StoredResults, ...]:
+        modules = (self.modules,) if self.modules.chosen else ()
+        return (*modules, self.ops) if self.ops is not None else modules
+
+    @property
+    def has_run(self) -> bool:
+        """Whether it is known which ops there are."""
+        return self.ops is None or self.ops.watched
+
+    @property
+    def not_stored(self) -> list[str]:
+        """What was chosen and could not be stored, and why."""
+        skipped = self.modules.skipped.items()
+        found = [f"result of {name!r} in {self.modules.name!r} is computed again, since {why}" for name, why in skipped]
+        return found + ([self.ops.fallback] if self.ops is not None and self.ops.fallback else [])
+
+    @property
+    def matched(self) -> set[str]:
+        """What of `save` meant something so far."""
+        return self.modules.matched | (self.ops.matched if self.ops is not None else set())
+
+
+def _segments(blocks: Sequence[Block], plan: Plan, settings: Settings) -> dict[str, Segments]:
+    """Stack -> its segments, where more than one block share a stored input."""
+    numbers = Counter(block.stack for block in blocks if plan[block.name].kind == "recompute")
+    lengths = {stack: segment_length(settings.segment, number) for stack, number in numbers.items()}
+    return {stack: Segments(length) for stack, length in lengths.items() if length > 1}
 
 
 # (setting, is first of its stack) -> whether an input is made to require grad, see `Variant`.
@@ -72,7 +162,7 @@ def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str]
 class _Forward:
     """The `forward` of one block while a plan is in force."""
 
-    def __init__(self, module: nn.Module, block: Replayable) -> None:
+    def __init__(self, module: nn.Module, block: Replayable | Rebuildable) -> None:
         self._module = module
         self._block = block
         self._original: Callable[..., Any] = module.forward

@@ -6,16 +6,26 @@ the standard library only.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-KINDS = ("keep", "recompute")
-MODES = ("none", "full")
-PLANNED_MODES = ("selective", "offload", "auto")
+KINDS = ("keep", "selective", "recompute")
+MODES = ("none", "selective", "full")
+PLANNED_MODES = ("offload", "auto")
 INPUT_GRADS = ("auto", "always", "never")
+
+# What `selective` stores besides the inputs of a block, from cheapest (most is stored) to leanest.
+TIERS = ("expensive", "matmul", "half_matmul", "attention")
+# Those that choose by op, so that they may stand in a list beside names of ops and modules.
+LISTED_TIERS = ("matmul", "attention")
+DEFAULT_SAVE = ("expensive",)
+
+# The reason of an action that a frozen block has, which comes to nothing where no gradient passes.
+FROZEN = "frozen, if a gradient passes"
 
 
 @dataclass(frozen=True)
@@ -23,27 +33,98 @@ class Action:
     """What happens to the activations of one block.
 
     Args:
-        kind: `keep` stores everything autograd asks for; `recompute` stores the inputs of the block and rebuilds the
-            rest in backward.
+        kind: `keep` stores everything autograd asks for; `selective` stores the inputs of the block and what `save`
+            names; `recompute` stores the inputs. What is not stored is rebuilt in backward.
         reason: Why this differs from what the mode asks for, for the table and the log; empty where it does not.
+        save: For `selective`: one of `TIERS`, or names of ops, module globs and `LISTED_TIERS`; see `read_save`. Not
+            given: `DEFAULT_SAVE`.
 
     Raises:
-        ValueError: `kind` is not one of `KINDS`.
+        ValueError: `kind` is not one of `KINDS`, or `save` does not fit.
     """
 
     kind: str
     reason: str = ""
+    save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"action {self.kind!r} is not one of {', '.join(KINDS)}.")
+            near = _NEAR.get(self.kind) if isinstance(self.kind, str) else None
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise ValueError(f"action {self.kind!r} is not one of {', '.join(KINDS)}.{hint}")
+        if self.kind == "selective":
+            object.__setattr__(self, "save", read_save(self.save) if self.save else DEFAULT_SAVE)
+        elif self.save:
+            raise ValueError(f"action {self.kind!r} cannot have save={self.save!r}: only 'selective' stores by name.")
+
+    @classmethod
+    def from_text(cls, text: str) -> Action:
+        """Read `keep`, `recompute`, `selective`, or `selective:` and what is stored, as in `selective:mm,attention`.
+
+        Raises:
+            ValueError: The text is not one of these.
+        """
+        kind, colon, save = text.partition(":")
+        return cls(kind, save=read_save(save)) if colon else cls(kind)
+
+    @property
+    def short(self) -> str:
+        """The action without its reason; `from_text` reads it."""
+        return f"{self.kind}:{','.join(self.save)}" if self.save else self.kind
 
     def __str__(self) -> str:
-        return f"{self.kind} ({self.reason})" if self.reason else self.kind
+        return f"{self.short} ({self.reason})" if self.reason else self.short
 
+
+# Names of modes, which are not those of actions.
+_NEAR = {"none": "keep", "full": "recompute"}
+
+
+def read_save(value: Any) -> tuple[str, ...]:
+    """What `selective` stores, from a tier, names separated by commas, or a list of names.
+
+    Whether a name is one of an op or a module shows in the first step only; here it is refused only where it is close
+    to the name of a tier.
+
+    Raises:
+        ValueError: There is no name, a tier that stands alone is one of several, or one seems to be misspelled.
+    """
+    found = value.split(",") if isinstance(value, str) else value
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(x, str) and x.strip() for x in found):
+        raise ValueError(f"{value!r} is not one of {', '.join(TIERS)}, or a list of op names and module globs.")
+    names = tuple(dict.fromkeys(name.strip() for name in found))
+    for name in names:
+        if name in TIERS and name not in LISTED_TIERS and len(names) > 1:
+            raise ValueError(
+                f"{name!r} stands alone, and {', '.join(names)} are {len(names)}. A list holds names of ops, module "
+                f"globs, {' and '.join(map(repr, LISTED_TIERS))}."
+            )
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), TIERS, n=1, cutoff=0.8)
+        if near and name not in TIERS and _WORD.fullmatch(name):
+            raise ValueError(f"{name!r} is not a tier. Did you mean {near[0]!r}? A module so named is '*{name}'.")
+    return names
+
+
+_WORD = re.compile(r"[A-Za-z_-]+")
 
 KEEP = Action("keep")
+SELECTIVE = Action("selective")
 RECOMPUTE = Action("recompute")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a model that has a mode of its own.
+
+    Args:
+        name: A glob over names of blocks, or `text`, `vision`, `audio`.
+        mode: One of `MODES`.
+        save: What mode `selective` stores in this part.
+    """
+
+    name: str
+    mode: str
+    save: tuple[str, ...] = DEFAULT_SAVE
 
 
 @dataclass(frozen=True)
@@ -52,8 +133,11 @@ class Settings:
 
     Args:
         mode: One of `MODES`.
-        modules: Pairs (glob or component, mode), in the order given; the first that matches a block decides.
+        modules: Parts with a mode of their own, in the order given; the first that matches a block decides.
         every_n: Only every n-th block of each stack is recomputed, counted from the stack's first.
+        save: What mode `selective` stores, as in `Action`.
+        segment: Of fully recomputed blocks in a row, the input of every k-th only is stored; `sqrt`: k from their number.
+        plan: Carried out instead of what a mode asks for.
         skip_frozen: Frozen blocks below the first trainable parameter run without graph, recompute or backward.
         use_reentrant: The reentrant variant of torch's checkpoint.
         input_grads: One of `INPUT_GRADS`: whether embeddings are made to require grad.
@@ -66,8 +150,11 @@ class Settings:
     """
 
     mode: str = "full"
-    modules: tuple[tuple[str, str], ...] = ()
+    modules: tuple[Part, ...] = ()
     every_n: int = 1
+    save: tuple[str, ...] = DEFAULT_SAVE
+    segment: int | str = 1
+    plan: Plan | None = None
     skip_frozen: bool = True
     use_reentrant: bool = False
     input_grads: str = "auto"
@@ -98,12 +185,18 @@ class Plan:
         """Number of blocks whose action is `kind`."""
         return sum(action.kind == kind for action in self.actions.values())
 
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is done to any block."""
+        return any(action.kind != "keep" for action in self.actions.values())
+
+    def as_data(self) -> dict[str, Any]:
+        """The plan as what JSON can hold: `{"blocks": {name: action}}`, an action as text where it has no reason."""
+        return {"blocks": {name: _entry(action) for name, action in self.actions.items()}}
+
     def to_json(self) -> str:
         """The plan as a JSON object; `Plan.from_json` gives an equal plan back."""
-        entries = {
-            name: {"kind": a.kind, "reason": a.reason} if a.reason else a.kind for name, a in self.actions.items()
-        }
-        return json.dumps({"blocks": entries}, indent=2)
+        return json.dumps(self.as_data(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -139,9 +232,18 @@ class Plan:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
+def _entry(action: Action) -> str | dict[str, Any]:
+    if not action.reason:
+        return action.short
+    save = {"save": list(action.save)} if action.save else {}
+    return {"kind": action.kind, **save, "reason": action.reason}
+
+
 def _read_action(name: str, entry: Any) -> Action:
     try:
-        return Action(**entry) if isinstance(entry, dict) else Action(entry)
+        if isinstance(entry, dict):
+            return Action(**entry)
+        return Action.from_text(entry) if isinstance(entry, str) else Action(entry)
     except (TypeError, ValueError) as error:
         raise ValueError(f"plan entry for block {name!r} is {entry!r}: {error}") from None
 

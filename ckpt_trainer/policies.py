@@ -1,22 +1,27 @@
 """Which action each block gets: plain functions from blocks and settings to a plan.
 
 Every mode is one of them; `POLICIES` lists them by name. `make_plan` adds what is common to all: parts of the model that
-follow a mode of their own.
+follow a mode of their own, a plan that is given, and a user's own policy, which is asked block by block.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.plan import KEEP, RECOMPUTE, Action, Plan, Settings
+from ckpt_trainer.plan import FROZEN, KEEP, RECOMPUTE, Action, Part, Plan, Settings
 
 COMPONENTS = ("text", "vision", "audio")
 
 Policy = Callable[[Sequence[Block], Settings], Plan]
+
+# A user's own: an action, its text (`selective:attention`), or None for what the mode says.
+BlockPolicy = Callable[[Block], Action | str | None]
 
 
 def keep_all(blocks: Sequence[Block], settings: Settings) -> Plan:
@@ -26,49 +31,87 @@ def keep_all(blocks: Sequence[Block], settings: Settings) -> Plan:
 
 def recompute_all(blocks: Sequence[Block], settings: Settings) -> Plan:
     """Mode `full`: every `settings.every_n`-th block of each stack is recomputed (Chen et al. 2016, arXiv 1604.06174)."""
-    seen: Counter[str] = Counter()
-    actions = {}
-    for block in blocks:
-        chosen = seen[block.stack] % settings.every_n == 0
-        seen[block.stack] += 1
-        actions[block.name] = _recompute(block) if chosen else Action("keep", f"every_n={settings.every_n}")
-    return Plan(actions)
+    return _every_n(blocks, settings.every_n, RECOMPUTE)
 
 
-POLICIES: dict[str, Policy] = {"none": keep_all, "full": recompute_all}
+def select_all(blocks: Sequence[Block], settings: Settings) -> Plan:
+    """Mode `selective`: of every `settings.every_n`-th block of each stack, what `settings.save` names is stored."""
+    return _every_n(blocks, settings.every_n, Action("selective", save=settings.save))
 
 
-def make_plan(blocks: Sequence[Block], settings: Settings) -> Plan:
+POLICIES: dict[str, Policy] = {"none": keep_all, "selective": select_all, "full": recompute_all}
+
+
+def make_plan(blocks: Sequence[Block], settings: Settings, policy: BlockPolicy | None = None) -> Plan:
     """The plan that the settings ask for.
 
     Args:
         blocks: In forward order.
-        settings: `mode` decides, and `modules` before it for the blocks that one of its keys names.
+        settings: `plan` decides where there is one. Else `mode` does, and `modules` before it for the blocks that one of
+            its keys names.
+        policy: Asked once for each block, in this order; where it returns None, the settings decide.
 
     Raises:
-        ValueError: A key of `modules` names no block.
+        ValueError: A key of `modules` names no block, the given plan names blocks that are not there, there are a plan
+            and a policy, or a text that the policy returned is no action.
+        TypeError: The policy is not callable, or returned something else.
     """
-    plans = {mode: POLICIES[mode](blocks, settings) for mode in {settings.mode, *dict(settings.modules).values()}}
-    modes = _modes_by_block(blocks, settings)
-    return Plan({block.name: plans[modes[block.name]][block.name] for block in blocks})
+    check_policy(policy, settings)
+    plan = _plan_of_modes(blocks, settings) if settings.plan is None else plan_from(settings.plan, blocks)
+    if policy is None:
+        return plan
+    plan = Plan({block.name: _ask(policy, block, plan[block.name]) for block in blocks})
+    _refuse_selective(plan, settings)
+    return plan
 
 
-def _modes_by_block(blocks: Sequence[Block], settings: Settings) -> dict[str, str]:
-    modes = {block.name: settings.mode for block in blocks}
+def plan_from(plan: Plan, blocks: Sequence[Block]) -> Plan:
+    """A plan that was given, for all blocks of this model; those it does not name are kept.
+
+    Raises:
+        ValueError: It names a block that this model has not.
+    """
+    there = [block.name for block in blocks]
+    strange = [name for name in plan.actions if name not in set(there)]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise ValueError(
+            f"checkpointing_plan names {strange[0]!r}{more}, which this model has no block of. "
+            f"Blocks of this model: {_found(blocks)}.{_nearest(strange[0], there)}"
+        )
+    return Plan({name: plan.actions.get(name, Action("keep", "not in the plan")) for name in there})
+
+
+def check_policy(policy: Any, settings: Settings) -> None:
+    """Raise what `make_plan` raises of a policy, without asking it."""
+    if policy is not None and not callable(policy):
+        raise TypeError(f"checkpointing_policy={policy!r} is not a function of a block that returns its action.")
+    if policy is not None and settings.plan is not None:
+        raise ValueError("checkpointing_plan and checkpointing_policy both say what is done to each block. Remove one.")
+
+
+def _plan_of_modes(blocks: Sequence[Block], settings: Settings) -> Plan:
+    everywhere = Part("*", settings.mode, settings.save)
+    parts = _parts_by_block(blocks, settings, everywhere)
+    plans = {
+        (part.mode, part.save): POLICIES[part.mode](blocks, replace(settings, save=part.save))
+        for part in (everywhere, *settings.modules)
+    }
+    return Plan({name: plans[part.mode, part.save][name] for name, part in parts.items()})
+
+
+def _parts_by_block(blocks: Sequence[Block], settings: Settings, everywhere: Part) -> dict[str, Part]:
+    parts = {block.name: everywhere for block in blocks}
     # The first key that names a block decides, so the last is written first.
-    for key, mode in reversed(settings.modules):
-        named = [block.name for block in blocks if _names(key, block)]
+    for part in reversed(settings.modules):
+        named = [block.name for block in blocks if _names(part.name, block)]
         if not named:
-            stacks = Counter((block.stack, block.component) for block in blocks)
-            found = ", ".join(f"{stack} ({num} x {component})" for (stack, component), num in stacks.items())
-            near = get_close_matches(key, [*COMPONENTS, *(block.stack for block in blocks)], n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"checkpointing_modules names {key!r}, which matches no block. "
-                f"Blocks of this model: {found or 'none'}.{hint}"
+                f"checkpointing_modules names {part.name!r}, which matches no block. Blocks of this model: "
+                f"{_found(blocks)}.{_nearest(part.name, [*COMPONENTS, *(block.stack for block in blocks)])}"
             )
-        modes |= dict.fromkeys(named, mode)
-    return modes
+        parts |= dict.fromkeys(named, part)
+    return parts
 
 
 def _names(key: str, block: Block) -> bool:
@@ -77,5 +120,54 @@ def _names(key: str, block: Block) -> bool:
     return fnmatchcase(block.name, key) or fnmatchcase(block.name, f"{key}.*")
 
 
-def _recompute(block: Block) -> Action:
-    return RECOMPUTE if block.trainable else Action("recompute", "frozen, if a gradient passes")
+def _every_n(blocks: Sequence[Block], every_n: int, action: Action) -> Plan:
+    seen: Counter[str] = Counter()
+    actions = {}
+    for block in blocks:
+        chosen = seen[block.stack] % every_n == 0
+        seen[block.stack] += 1
+        done = action if block.trainable else replace(action, reason=FROZEN)
+        actions[block.name] = done if chosen else Action("keep", f"every_n={every_n}")
+    return Plan(actions)
+
+
+def _ask(policy: BlockPolicy, block: Block, otherwise: Action) -> Action:
+    answer: Any = policy(block)
+    if answer is None:
+        return otherwise
+    if isinstance(answer, Action):
+        return answer
+    said = f"checkpointing_policy returned {answer!r} for block {block.name!r}"
+    if not isinstance(answer, str):
+        raise TypeError(
+            f"{said}. Return an Action, its text ('keep', 'recompute', 'selective:attention'), or None for what the "
+            "mode says."
+        )
+    try:
+        return Action.from_text(answer)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from None
+
+
+def _refuse_selective(plan: Plan, settings: Settings) -> None:
+    selective = [name for name, action in plan.actions.items() if action.kind == "selective"]
+    if selective and settings.use_reentrant:
+        raise ValueError(
+            f"checkpointing_policy returned {plan[selective[0]].short!r} for block {selective[0]!r}, which needs the "
+            "non-reentrant variant. Remove checkpointing_use_reentrant=True, or return 'keep' or 'recompute'."
+        )
+    if selective and settings.checkpoint_options.get("context_fn"):
+        raise ValueError(
+            f"checkpointing_policy returned {plan[selective[0]].short!r} for block {selective[0]!r}, and context_fn is "
+            "a selection of its own. Remove context_fn, or return 'keep' or 'recompute'."
+        )
+
+
+def _found(blocks: Sequence[Block]) -> str:
+    stacks = Counter((block.stack, block.component) for block in blocks)
+    return ", ".join(f"{stack} ({number} x {component})" for (stack, component), number in stacks.items()) or "none"
+
+
+def _nearest(name: str, there: Sequence[str]) -> str:
+    near = get_close_matches(name, there, n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

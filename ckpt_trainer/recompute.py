@@ -1,6 +1,7 @@
-"""Replay one block: its forward now without what lies between input and output, and again when backward asks.
+"""Run one block so that backward has what it needs: its forward is replayed, or what is cheap in it is rebuilt.
 
-This is the only file that calls `torch.utils.checkpoint`. Which blocks are replayed is not its business.
+A replay is the forward again when backward asks, of which chosen results may be stored. This is the only file that
+calls `torch.utils.checkpoint`. Which blocks are run in which way is not its business.
 
 NOTE on exactness. A replay is the same computation on the same values, so that gradients are equal to the last bit, if
   1. the inputs are the same: every tensor argument, positional, keyword or in a tuple, goes through the checkpoint as a
@@ -17,10 +18,12 @@ NOTE on exactness. A replay is the same computation on the same values, so that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_trainer import side_channels
 from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
 from ckpt_trainer.flops import FlopCounter
+from ckpt_trainer.rebuild import Rebuilding
+from ckpt_trainer.segments import Segments
 
 
 @dataclass
@@ -37,23 +42,29 @@ class Tally:
     """What happened to the calls of blocks, counted since it was made.
 
     Args:
-        calls: Calls by what was done: `recompute`, `no graph` (nothing needs a gradient), `no grad` (gradients are
-            off), or why a call could not be replayed.
+        calls: Calls by what was done: `recompute`, `rebuild` (cheap results only), `no graph` (nothing needs a
+            gradient), `no grad` (gradients are off), or why a call could not be replayed.
         checkpointed: Calls that backward may replay, by block name.
         replays: Replays by block name.
+        rebuilt_inputs: Forwards run once more for the input of the next block, by block name.
         last_replayed: Name of the block replayed last; where a replay does not match its forward, this is the block.
         unrestored: Blocks that drew random numbers which are not restored, because the user said so.
         block_flops: FLOPs of one forward of each block, from the calls made while `counter` was set.
+        replay_flops: FLOPs of one replay of each block that reuses results, from the first while `counts_replays`.
         counter: Counts FLOPs while a forward is measured.
+        counts_replays: Whether replays are measured.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
     checkpointed: Counter[str] = field(default_factory=Counter)
     replays: Counter[str] = field(default_factory=Counter)
+    rebuilt_inputs: Counter[str] = field(default_factory=Counter)
     last_replayed: str | None = None
     unrestored: set[str] = field(default_factory=set)
     block_flops: dict[str, int] = field(default_factory=dict)
+    replay_flops: dict[str, int] = field(default_factory=dict)
     counter: FlopCounter | None = None
+    counts_replays: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,48 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Rebuildable:
+    """A block of which cheap results are rebuilt and all others stored; call `run` in place of its forward.
+
+    Args:
+        parameters: Its parameters.
+        rebuilding: What the blocks of the model rebuild.
+        tally: Where calls are counted.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    rebuilding: Rebuilding
+    tally: Tally
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `forward(*args, **kwargs)`; see `Rebuilding.run`."""
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self.tally.calls["no grad"] += 1
+            return forward(*args, **kwargs)
+        self.tally.calls["rebuild"] += 1
+        return self.rebuilding.run(forward, args, kwargs, self.parameters)
+
+
+class Stored(Protocol):
+    """What the replays of one call need not compute: results of ops, or of modules."""
+
+    def storing(self) -> AbstractContextManager[Any]:
+        """Around the forward."""
+
+    def reusing(self) -> AbstractContextManager[Any]:
+        """Around each replay."""
+
+
+class Storing(Protocol):
+    """Chooses what is stored in the calls of one block."""
+
+    def call(self) -> Stored:
+        """For one call."""
+
+
+@dataclass(frozen=True)
 class Replayable:
     """A block prepared for replay; call `run` in place of its forward.
 
@@ -82,6 +135,8 @@ class Replayable:
         state: Its random sites and buffers.
         variant: How to replay it.
         tally: Where calls and replays are counted.
+        storing: What is stored besides its inputs.
+        segments: Of its stack, where its input may be rebuilt instead of stored.
     """
 
     name: str
@@ -89,6 +144,8 @@ class Replayable:
     state: BlockState
     variant: Variant
     tally: Tally
+    storing: Sequence[Storing] = ()
+    segments: Segments | None = None
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)` so that backward replays it.
@@ -103,6 +160,8 @@ class Replayable:
         if not torch.is_grad_enabled():
             return self._plainly("no grad", forward, args, kwargs)
         if torch.compiler.is_compiling():
+            if self.storing:
+                return forward(*args, **kwargs)  # What is stored and what is rebuilt is for the compiler to choose.
             # The compiler replays as it traces; it takes care of random numbers and allows none of the bookkeeping.
             return checkpoint(forward, *args, use_reentrant=False, **self.variant.options, **kwargs)
         if any(_is_cache(value) for value in (*args, *kwargs.values())):
@@ -127,7 +186,10 @@ class Replayable:
     def _checkpointed(self, call: _Call, tensors: list[Tensor]) -> Any:
         # torch keeps no random state: the call does, and only where numbers are drawn.
         if not self.variant.use_reentrant:
-            return checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False, **self.variant.options)
+            options = {"use_reentrant": False, "preserve_rng_state": False, **self.variant.options}
+            if self.segments is not None:
+                return self.segments.run(partial[Any](checkpoint, **options), call, tensors)
+            return checkpoint(call, *tensors, **options)
         side_channels.refuse_containers(self.name, (*call.args, *call.kwargs.values()))
         flat = _FlatCall(call)
         with side_channels.refuse_attributes(self.name, self.state.modules, first=not self.state.watched):
@@ -147,25 +209,52 @@ class _Call:
         self.args = args
         self.kwargs = kwargs
         self.before: Before | None = None
+        self.stored = [storing.call() for storing in block.storing]
 
     def __call__(self, *tensors: Tensor) -> Any:
-        args, kwargs = _fill(self.args, tensors), _fill_each(self.kwargs, tensors)
         if self.before is None:
+            args, kwargs = _fill(self.args, tensors), _fill_each(self.kwargs, tensors)
             # Not the containers themselves: they may be appended to later, and hold the graph that holds this.
             self.args = tuple(_copy_of(value) for value in self.args)
             self.kwargs = {key: _copy_of(value) for key, value in self.kwargs.items()}
             return self._first(tensors, args, kwargs)
-        args = tuple(_copy_of(value) for value in args)
-        kwargs = {key: _copy_of(value) for key, value in kwargs.items()}
         self.block.tally.replays[self.block.name] += 1
+        return self._replay(tensors)
+
+    def again(self, *tensors: Tensor) -> Any:
+        """The forward once more, to rebuild the input of the next block."""
+        self.block.tally.rebuilt_inputs[self.block.name] += 1
+        return self._replay(tensors)
+
+    def _replay(self, tensors: Sequence[Tensor]) -> Any:
+        args = tuple(_copy_of(value) for value in _fill(self.args, tensors))
+        kwargs = {key: _copy_of(value) for key, value in _fill_each(self.kwargs, tensors).items()}
         self.block.tally.last_replayed = self.block.name
-        with as_before(self.before):
+        assert self.before is not None
+        with self._counted(), as_before(self.before), ExitStack() as stack:
+            for stored in self.stored:
+                stack.enter_context(stored.reusing())
             return self.forward(*args, **kwargs)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        tally, name = self.block.tally, self.block.name
+        if not (tally.counts_replays and self.stored) or name in tally.replay_flops:
+            yield
+            return
+        counter = FlopCounter()
+        try:
+            with counter:
+                yield
+        finally:  # A replay ends with an exception once it has all that backward needs.
+            tally.replay_flops[name] = counter.total
 
     def _first(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tally = self.block.tally
         flops = tally.counter.total if tally.counter else 0
-        with self.block.state.remember(devices_of(tensors)) as before:
+        with self.block.state.remember(devices_of(tensors)) as before, ExitStack() as stack:
+            for stored in self.stored:
+                stack.enter_context(stored.storing())
             output = self.forward(*args, **kwargs)
         if tally.counter:
             tally.block_flops[self.block.name] = tally.counter.total - flops

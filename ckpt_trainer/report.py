@@ -5,8 +5,9 @@ Returns strings and plain data; never prints and never logs.
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,37 +15,61 @@ from torch import nn
 
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.plan import RECOMPUTE, Plan, Settings
+from ckpt_trainer.install import Selection
+from ckpt_trainer.plan import FROZEN, TIERS, Action, Plan, Settings
+from ckpt_trainer.rebuild import AVAILABLE, Rebuilding
 from ckpt_trainer.recompute import Tally
 
 
-def first_line(plan: Plan, blocks: Sequence[Block], settings: Settings, hooks_taken_off: bool = False) -> str:
-    """One line: how many blocks of which part are recomputed, why not the others, and what else is done to the model.
+def first_line(
+    plan: Plan, blocks: Sequence[Block], settings: Settings, hooks_taken_off: bool = False, own_policy: bool = False
+) -> str:
+    """One line: what is done to how many blocks of which part, why not to the others, what else is done to the model.
 
     Args:
         hooks_taken_off: Others put input-gradient hooks on the model, which are off during each step.
+        own_policy: The plan is that of a user's policy.
     """
-    parts = []
-    for component in dict.fromkeys(block.component for block in blocks):
-        own = [block for block in blocks if block.component == component]
-        recomputed = sum(plan[block.name] == RECOMPUTE for block in own)
-        notes = Counter(_why_not(plan, block) for block in own)
-        others = ", ".join(f"{number} {note}" for note, number in notes.items() if note)
-        parts.append(f"{recomputed}/{len(own)} {component} blocks recomputed" + (f" ({others})" if others else ""))
+    source = f"mode {settings.mode}" if settings.plan is None else "plan given"
+    source += ", own policy" if own_policy else ""
+    parts = [
+        _part_line(component, [plan[block.name] for block in blocks if block.component == component])
+        for component in dict.fromkeys(block.component for block in blocks)
+    ]
     variant = "reentrant" if settings.use_reentrant else "non-reentrant"
-    off = settings.use_cache is False or (settings.use_cache is None and plan.count("recompute"))
+    if settings.segment != 1 and plan.count("recompute"):
+        variant += f"; segments of {settings.segment}"
+    off = settings.use_cache is False or (settings.use_cache is None and plan.is_active)
     cache = "off while training" if off else "on" if settings.use_cache else "as it was"
     hook = "on" if settings.input_grads == "always" else "off"
     hook += ", the one of others taken off in each step (checkpointing_skip_frozen)" if hooks_taken_off else ""
-    return (
-        f"mode {settings.mode}: {'; '.join(parts) or 'no blocks'}; {variant}; use_cache {cache}; "
-        f"input-gradient hook {hook}"
+    return f"{source}: {'; '.join(parts) or 'no blocks'}; {variant}; use_cache {cache}; input-gradient hook {hook}"
+
+
+def _part_line(component: str, actions: Sequence[Action]) -> str:
+    """Such as `24/32 text blocks selective:expensive (8 kept)`."""
+    done = Counter(_done(action) for action in actions if not _is_left(action))
+    left = Counter(action.reason or "kept" for action in actions if _is_left(action))
+    # Where nothing is done, the word is that of what would be.
+    word = next((_done(action) for action in actions if action.kind != "keep"), "recomputed")
+    what = (
+        f" {next(iter(done), word)}" if len(done) < 2 else f": {', '.join(f'{n} {what}' for what, n in done.items())}"
     )
+    notes = [f"{number} {why}" for why, number in left.most_common(_SHOWN_REASONS)]
+    if rest := left.total() - sum(number for _, number in left.most_common(_SHOWN_REASONS)):
+        notes.append(f"{rest} for other reasons")
+    return f"{done.total()}/{len(actions)} {component} blocks{what}" + (f" ({', '.join(notes)})" if notes else "")
 
 
-def _why_not(plan: Plan, block: Block) -> str:
-    action = plan[block.name]
-    return action.reason if action.reason else ("" if action.kind == "recompute" else "kept")
+def _is_left(action: Action) -> bool:
+    return action.kind == "keep" or action.reason == FROZEN
+
+
+def _done(action: Action) -> str:
+    return "recomputed" if action.kind == "recompute" else action.short
+
+
+_SHOWN_REASONS = 3
 
 
 def memory_report(
@@ -54,32 +79,42 @@ def memory_report(
 
     Returns:
         `blocks`: per component, number of blocks by action; `calls`: calls of blocks by what was done with them;
-        `recomputed_blocks`: replays, all together, and `recomputed_by_block`; `recomputed_flops_share`: FLOPs of replays
-        / FLOPs of forwards, None if not measured; `memory`: bytes, see `memory_bytes`; `plan`: block name -> action.
+        `recomputed_blocks`: replays, all together, and `recomputed_by_block`; `rebuilt_inputs`: forwards run once more
+        for the next block's input; `recomputed_flops_share`: FLOPs of both / FLOPs of forwards, None if not measured;
+        `memory`: bytes, see `memory_bytes`; `plan`: the plan as `Plan.as_data` gives it, which is what a file for
+        `checkpointing_plan` holds.
     """
     kinds: dict[str, Counter[str]] = {}
     for block in blocks:
-        kinds.setdefault(block.component, Counter())[plan[block.name].kind] += 1
+        kinds.setdefault(block.component, Counter())[plan[block.name].short] += 1
+    # A replay of a selective block does part of what its forward did; which, is counted in the first one.
+    counted = all(
+        plan[name].kind != "selective" or name in tally.replay_flops for name in tally.replays if name in plan.actions
+    )
     return {
         "blocks": {component: dict(counts) for component, counts in kinds.items()},
         "calls": dict(tally.calls),
         "recomputed_blocks": sum(tally.replays.values()),
         "recomputed_by_block": dict(tally.replays),
-        "recomputed_flops_share": flops_share(tally, recomputable_share),
+        "rebuilt_inputs": sum(tally.rebuilt_inputs.values()),
+        "recomputed_flops_share": flops_share(tally, recomputable_share) if counted else None,
         "memory": memory_bytes(blocks[0].module if blocks else None),
-        "plan": {name: str(action) for name, action in plan.actions.items()},
+        "plan": plan.as_data(),
     }
 
 
 def flops_share(tally: Tally, recomputable_share: float | None) -> float | None:
-    """FLOPs of replays / FLOPs of forwards, by what blocks and model took in the first forward.
+    """FLOPs of what ran again / FLOPs of forwards, by what blocks and model took in the first step.
 
-    A replay stops once it has what backward needs, mostly before its last matrix product; it counts here as a whole.
+    A replay stops once it has what backward needs, mostly before its last matrix product. Of a block that is replayed
+    as a whole it counts as a whole; of one that reuses results, what ran was counted.
     """
     if recomputable_share is None:
         return None
-    forwards = sum(tally.block_flops.get(name, 0) * number for name, number in tally.checkpointed.items())
-    replays = sum(tally.block_flops.get(name, 0) * number for name, number in tally.replays.items())
+    flops = tally.block_flops
+    forwards = sum(flops.get(name, 0) * number for name, number in tally.checkpointed.items())
+    replays = sum(tally.replay_flops.get(name, flops.get(name, 0)) * n for name, n in tally.replays.items())
+    replays += sum(flops.get(name, 0) * number for name, number in tally.rebuilt_inputs.items())
     return recomputable_share * replays / forwards if forwards else 0.0
 
 
@@ -137,7 +172,7 @@ def explain_unreached(names: Sequence[str], blocks: Sequence[Block]) -> str:
     )
 
 
-def explain_no_effect(tally: Tally, recomputed: Sequence[Block]) -> list[str]:
+def explain_no_effect(tally: Tally, planned: Sequence[Block]) -> list[str]:
     """Where the first step did not do what the plan or a setting says: what, and why; empty if all is well."""
     found = []
     cached = tally.calls["got a key/value cache"]
@@ -146,15 +181,50 @@ def explain_no_effect(tally: Tally, recomputed: Sequence[Block]) -> list[str]:
             f"{cached} calls of blocks got a key/value cache and were kept, since a replay would add to it again. "
             "use_cache=False turns it off; methods that train a prefix need it, and leave nothing to recompute."
         )
-    elif tally.calls and not tally.calls["recompute"]:
+    elif tally.calls and not (tally.calls["recompute"] or tally.calls["rebuild"]):
         calls = ", ".join(f"{number} {why}" for why, number in tally.calls.items() if number)
         found.append(
-            f"{len(recomputed)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
+            f"{len(planned)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
         )
     if tally.unrestored:
         found.append(
             f"preserve_rng_state=False: {len(tally.unrestored)} blocks draw random numbers ({min(tally.unrestored)}, ...), "
             "others when they are replayed. Their gradients are wrong; remove it."
+        )
+    return found
+
+
+def explain_unmatched(names: Sequence[str], ops: Mapping[str, int], modules: Sequence[str]) -> str:
+    """Names in `checkpointing_save` that no op and no module of the first step had."""
+    there = [*ops, *modules]
+    near = {name: difflib.get_close_matches(name, there, n=1) for name in names}
+    hint = "".join(f" Did you mean {found[0]!r} for {name!r}?" for name, found in near.items() if found)
+    return (
+        f"checkpointing_save names {', '.join(map(repr, names))}, which matched nothing in the first step.{hint}\n"
+        f"Ops that ran: {', '.join(f'{op} ({n})' for op, n in ops.items()) or 'not looked at'}.\n"
+        f"Modules of a block: {', '.join(modules)}."
+    )
+
+
+def explain_selection(stored: Mapping[str, Selection], rebuilding: Rebuilding, tally: Tally) -> list[str]:
+    """Where what was to be stored or rebuilt selectively was not; empty if all is well."""
+    found = []
+    ran = [selection for selection in stored.values() if selection.has_run]
+    for word in dict.fromkeys(entry for selection in ran for entry in selection.save if entry in TIERS):
+        asked = [selection for selection in ran if word in selection.save]
+        if not any(word in selection.matched for selection in asked):
+            found.append(f"selective:{word}: no such op ran in {len(asked)} blocks, which are recomputed as a whole.")
+    not_stored = dict.fromkeys(why for selection in ran for why in selection.not_stored)
+    found += [f"selective: {why}." for why in list(not_stored)[:_SHOWN_REASONS]]
+    if not AVAILABLE and tally.calls["rebuild"]:
+        found.append(
+            "selective:expensive stored everything: autograd of this torch does not tell what an op saved. Set "
+            "checkpointing_save to matmul, or use torch 2.13."
+        )
+    elif tally.calls["rebuild"] and not rebuilding.tensors:
+        found.append(
+            f"selective:expensive found nothing to rebuild in {tally.calls['rebuild']} calls of blocks, and stored "
+            "everything. Set checkpointing_save to matmul, or checkpointing_mode='full'."
         )
     return found
 

@@ -17,7 +17,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import find_blocks
 from ckpt_trainer.engine import Checkpointing
-from ckpt_trainer.policies import make_plan
+from ckpt_trainer.policies import BlockPolicy, check_policy, make_plan
 from ckpt_trainer.prepare import UseCache
 from ckpt_trainer.training_args import settings_of
 
@@ -37,8 +37,19 @@ class CheckpointingMixin(_Base):
 
     What is done follows the training arguments: the `checkpointing_*` flags of `CheckpointTrainingArguments`, and the
     switches of transformers in any. On the model there is nothing of it but during a training step.
+
+    Args:
+        checkpointing_policy: A function of a `Block` that returns its `Action`, the text of one (`selective:attention`),
+            or None for what the arguments say. Asked once for each block whenever a plan is made.
+        args: As of the trainer that this is mixed with.
+        kwargs: Likewise.
+
+    Raises:
+        ValueError: There are a policy and `checkpointing_plan`, or the arguments name blocks that are not there.
+        TypeError: The policy is not callable.
     """
 
+    _checkpointing_policy: BlockPolicy | None = None
     _checkpointing: Checkpointing | None = None
     _checkpointing_use_cache: UseCache | None = None
     _checkpointing_switches: _Switches | None = None
@@ -53,13 +64,19 @@ class CheckpointingMixin(_Base):
         owner = next(base for base in cls.__mro__ if "__init__" in vars(base) and base is not CheckpointingMixin)
         signature = inspect.signature(vars(owner)["__init__"])
         parameters = list(signature.parameters.values())[1:]
+        if cls.__mro__.index(CheckpointingMixin) < cls.__mro__.index(owner):
+            own = inspect.signature(CheckpointingMixin.__init__).parameters["checkpointing_policy"]
+            last = next((i for i, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD), len(parameters))
+            parameters.insert(last, own)
         cls.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, checkpointing_policy: BlockPolicy | None = None, **kwargs: Any) -> None:
+        self._checkpointing_policy = checkpointing_policy
         self._checkpointing_remember(kwargs.get("model", args[0] if args else None))
         super().__init__(*args, **kwargs)
         settings = settings_of(self.args)
-        if settings.modules and isinstance(self.model, nn.Module):
+        check_policy(checkpointing_policy, settings)
+        if (settings.modules or settings.plan is not None) and isinstance(self.model, nn.Module):
             make_plan(find_blocks(self.model), settings)  # names in it that match nothing are told now
         if self._checkpointing_use_cache is not None:
             self._checkpointing_use_cache.restore()
@@ -111,7 +128,8 @@ class CheckpointingMixin(_Base):
     def _checkpointing_of(self, model: nn.Module) -> Checkpointing:
         if self._checkpointing is None or self._checkpointing.model is not model:
             memory.reset_peak(self.args.device)
-            self._checkpointing = Checkpointing(model, settings_of(self.args), self._checkpointing_log_from())
+            log_from = self._checkpointing_log_from()
+            self._checkpointing = Checkpointing(model, settings_of(self.args), log_from, self._checkpointing_policy)
         return self._checkpointing
 
     def _checkpointing_log_from(self) -> int:
@@ -122,7 +140,7 @@ class CheckpointingMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         state = self._checkpointing
-        if "loss" in logs and state is not None and state.plan.count("recompute"):
+        if "loss" in logs and state is not None and state.plan.is_active:
             if not state.is_used:
                 state.warn_unused(type(self).__name__)
             logs = {**logs, **self._checkpointing_metrics(state)}
@@ -146,7 +164,7 @@ class CheckpointingMixin(_Base):
         """
         if self._checkpointing is None:
             assert isinstance(self.model, nn.Module)
-            return Checkpointing(self.model, settings_of(self.args), _NOTHING).report()
+            return Checkpointing(self.model, settings_of(self.args), _NOTHING, self._checkpointing_policy).report()
         return self._checkpointing.report()
 
 

@@ -1,4 +1,4 @@
-"""The flags: fields, help, validation, and `settings_of`, their only reader.
+"""The flags: fields, help, and `settings_of`, their only reader; single values are checked by `flag_values`.
 
 Below the trainer there is no `TrainingArguments`, only the `Settings` made here. HF has its own spelling of some of
 these flags (`gradient_checkpointing`, in 5.x `activation_checkpointing`, and their kwargs); a script that uses it gets
@@ -13,16 +13,29 @@ set to False is never a word: 5.x writes False wherever nothing was given.
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, cast
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from ckpt_trainer.plan import INPUT_GRADS, MODES, PLANNED_MODES, Settings
+from ckpt_trainer.flag_values import (
+    FLAG_CHECKS,
+    HF_OPTIONS,
+    TORCH_OPTIONS,
+    check_bool,
+    from_json_list,
+    nearest,
+    read_dict,
+    read_modules,
+    read_plan,
+    read_save,
+    read_segment,
+)
+from ckpt_trainer.plan import DEFAULT_SAVE, Settings
 
 logger = logging.get_logger(__name__)
 
@@ -47,20 +60,44 @@ class CheckpointingArguments:
         default=None,
         metadata={
             "help": "What happens to the activations of each block: `none` stores them all, `full` stores the inputs of "
-            "the block and rebuilds the rest in backward. Not set: `full`."
+            "the block and rebuilds the rest in backward, `selective` stores what checkpointing_save names besides. Not "
+            "set: `full`."
         },
     )
     checkpointing_modules: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Modes for parts of the model, a dict of module glob to mode; `text`, `vision`, `audio` name whole "
-            'towers: \'{"vision": "full", "text": "none"}\'. The first name that matches a block decides; blocks '
-            "without one follow checkpointing_mode."
+            'towers: \'{"vision": "full", "text": "selective:attention"}\'. The first name that matches a block '
+            "decides; blocks without one follow checkpointing_mode."
         },
     )
     checkpointing_every_n: int = field(
         default=1,
         metadata={"help": "Rebuild only every n-th block of each stack, counted from the first block of the stack."},
+    )
+    # None comes last in the types of these two, so that HF's parser takes their text as it is.
+    checkpointing_save: list[str] | str | None = field(
+        default="expensive",
+        metadata={
+            "help": "selective: what is stored of a block besides its inputs. A tier: `expensive` (all but what is cheap "
+            "to rebuild), `matmul`, `half_matmul`, `attention`; or a list of op names, module globs, `matmul` and "
+            "`attention`, such as 'mm,mlp.*'."
+        },
+    )
+    checkpointing_segment: int | str | None = field(
+        default=1,
+        metadata={
+            "help": "full: of blocks in a row, store the input of every k-th only and rebuild the others' from it; `sqrt` "
+            "takes k from their number. Costs up to one more forward."
+        },
+    )
+    checkpointing_plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "A JSON file with an action for each block, to carry out instead of what a mode asks for; a report "
+            "of a run has one."
+        },
     )
     checkpointing_skip_frozen: bool = field(
         default=True,
@@ -84,13 +121,17 @@ class CheckpointingArguments:
     def __post_init__(self) -> None:
         for name in ("checkpointing_modules", *_HF_KWARGS):
             if isinstance(getattr(self, name, None), str):
-                _read_dict(name, getattr(self, name))  # Before super, whose parser fails without naming the flag.
+                read_dict(name, getattr(self, name))  # Before super, whose parser fails without naming the flag.
         # Alone they are flags for a loop of one's own.
         if isinstance(self, TrainingArguments):
             super().__post_init__()  # type: ignore[misc]
         # Not by _VALID_DICT_FIELDS: a list on this mixin would hide the longer one of the class it is mixed with.
         if isinstance(self.checkpointing_modules, str):
-            self.checkpointing_modules = _read_dict("checkpointing_modules", self.checkpointing_modules)
+            self.checkpointing_modules = read_dict("checkpointing_modules", self.checkpointing_modules)
+        self.checkpointing_save = from_json_list(self.checkpointing_save)
+        self.checkpointing_segment = read_segment("checkpointing_segment", self.checkpointing_segment)
+        if isinstance(self.checkpointing_plan, os.PathLike):
+            self.checkpointing_plan = os.fspath(self.checkpointing_plan)
         self.settings()
         self._constructed = True
 
@@ -134,8 +175,8 @@ def settings_of(args: TrainingArguments) -> Settings:
         ValueError: A value is not valid, or a flag and HF's spelling of it ask for different things.
     """
     label, options, options_said = _read_hf_kwargs(args)
-    own = {flag: getattr(args, flag, _DEFAULTS[flag]) for flag in _CHECKS}
-    for flag, check in _CHECKS.items():
+    own = {flag: getattr(args, flag, default) for flag, default in _DEFAULTS.items()}
+    for flag, check in FLAG_CHECKS.items():
         check(flag, own[flag])
 
     def settle(flag: str, key: str) -> Any:
@@ -143,10 +184,14 @@ def settings_of(args: TrainingArguments) -> Settings:
         return _settle(args, flag, own[flag], theirs)
 
     hf_flag = _read_hf_flag(args)
+    save = read_save("checkpointing_save", own["checkpointing_save"])
     settings = Settings(
         mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], hf_flag) or "full",
-        modules=_read_modules(getattr(args, "checkpointing_modules", None)),
+        modules=read_modules("checkpointing_modules", own["checkpointing_modules"], save),
         every_n=settle("checkpointing_every_n", "every_n_layers"),
+        save=save,
+        segment=read_segment("checkpointing_segment", own["checkpointing_segment"]),
+        plan=read_plan("checkpointing_plan", own["checkpointing_plan"], only_files=isinstance(args, TrainingArguments)),
         skip_frozen=own["checkpointing_skip_frozen"],
         use_reentrant=settle("checkpointing_use_reentrant", "use_reentrant"),
         input_grads=own["checkpointing_input_grads"],
@@ -154,11 +199,14 @@ def settings_of(args: TrainingArguments) -> Settings:
         preserve_rng_state=options.get("preserve_rng_state"),
         use_cache=getattr(args, "use_cache", None),
         named=own["checkpointing_mode"] is not None or (hf_flag is not None and hf_flag[2]),
-        checkpoint_options={key: options[key] for key in _TORCH_OPTIONS if key in options},
+        checkpoint_options={key: options[key] for key in TORCH_OPTIONS if key in options},
     )
-    _refuse_reentrant_options(settings, label)
-    idle = {label: options and options_said, "checkpointing_every_n": own["checkpointing_every_n"] != 1}
-    _warn_without_effect(settings, [name for name, given in idle.items() if given])
+    if settings.plan is not None:
+        spelled = {hf_flag[0]: hf_flag[2]} if hf_flag else {}
+        spelled[f"{label}['every_n_layers']"] = options_said and "every_n_layers" in options
+        _refuse_beside_plan(args, [text for text, said in spelled.items() if said])
+    _refuse_combinations(settings, label)
+    _warn_without_effect(settings, own, label if options and options_said else "")
     return settings
 
 
@@ -170,34 +218,14 @@ def settings_of_flags(flags: Mapping[str, Any]) -> Settings:
         ValueError: A value is not valid.
     """
     names = [name.removeprefix("checkpointing_") for name in _DEFAULTS]
-    options = [name for name in _HF_OPTIONS if name not in ("every_n_layers", "offload", "use_reentrant")]
+    options = [name for name in HF_OPTIONS if name not in ("every_n_layers", "offload", "use_reentrant")]
     for flag in flags:
         if flag not in names and flag not in options:
             valid = [*names, *options]
-            raise TypeError(f"{flag!r} is not one of {', '.join(valid)}. Did you mean {_nearest(flag, valid)!r}?")
+            raise TypeError(f"{flag!r} is not one of {', '.join(valid)}. Did you mean {nearest(flag, valid)!r}?")
     arguments = CheckpointingArguments(**{f"checkpointing_{name}": flags[name] for name in names if name in flags})
     arguments.gradient_checkpointing_kwargs = {name: flags[name] for name in options if name in flags}
     return arguments.settings()
-
-
-def _read_modules(value: Any) -> tuple[tuple[str, str], ...]:
-    modules = _read_dict("checkpointing_modules", value)
-    for name, mode in modules.items():
-        if not isinstance(name, str) or not name:
-            raise _invalid("a name in checkpointing_modules", name, "a module glob or one of text, vision, audio", "*")
-        _check_mode(f"checkpointing_modules[{name!r}]", mode)
-    return tuple(modules.items())
-
-
-def _read_dict(name: str, value: Any) -> dict[Any, Any]:
-    example = '{"vision": "full"}' if name == "checkpointing_modules" else '{"every_n_layers": 2}'
-    try:
-        found = json.loads(value) if isinstance(value, str) else {} if value is None else value
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}={value!r} is not JSON: {error}. Write it like '{example}'.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}={value!r} is not a dict. Write it like {example}.")
-    return found
 
 
 def _name_of_function(value: Any) -> str:
@@ -220,7 +248,7 @@ def _spelled(args: TrainingArguments, names: tuple[str, str]) -> dict[str, Any]:
 def _read_hf_flag(args: TrainingArguments) -> tuple[str, str, bool] | None:
     given = _spelled(args, _HF_FLAG)
     for name, value in given.items():
-        _check_bool(name, value)
+        check_bool(name, value)
     asked = [name for name, value in given.items() if value]
     said = not any(_default_of(args, name) for name in _HF_FLAG)
     return (f"{asked[0]}=True", "full", said) if asked else None
@@ -228,19 +256,19 @@ def _read_hf_flag(args: TrainingArguments) -> tuple[str, str, bool] | None:
 
 def _read_hf_kwargs(args: TrainingArguments) -> tuple[str, dict[str, Any], bool]:
     """How the user may have called it, its checked content, and whether it is the user's word."""
-    given = {name: kwargs for name, value in _spelled(args, _HF_KWARGS).items() if (kwargs := _read_dict(name, value))}
+    given = {name: kwargs for name, value in _spelled(args, _HF_KWARGS).items() if (kwargs := read_dict(name, value))}
     if len(given) == 2:
         # Not from a constructor (HF's prefers the newer name): one was set later, on args that are not ours.
         texts = " and ".join(f"{name}={kwargs!r}" for name, kwargs in given.items())
         raise ValueError(f"{texts} are two names of one setting. Set both to the same.")
     label, options = next(iter(given.items()), ("", {}))
     for key, value in options.items():
-        if key not in _HF_OPTIONS:
+        if key not in HF_OPTIONS:
             raise ValueError(
-                f"{label} has the key {key!r}, which is not one of {', '.join(_HF_OPTIONS)}. "
-                f"Did you mean {_nearest(key, _HF_OPTIONS)!r}?"
+                f"{label} has the key {key!r}, which is not one of {', '.join(HF_OPTIONS)}. "
+                f"Did you mean {nearest(key, HF_OPTIONS)!r}?"
             )
-        _HF_OPTIONS[key](f"{label}[{key!r}]", value)
+        HF_OPTIONS[key](f"{label}[{key!r}]", value)
     defaults = [_default_of(args, name) for name in _HF_KWARGS]
     return label, options, options not in defaults
 
@@ -264,109 +292,69 @@ def _settle(args: TrainingArguments, flag: str, value: Any, theirs: tuple[str, A
     return their_value
 
 
-def _refuse_reentrant_options(settings: Settings, label: str) -> None:
+def _refuse_beside_plan(args: TrainingArguments, said: Sequence[str]) -> None:
+    """A plan is followed only where nothing else says what is done to each block. `said`: what HF's spelling says."""
+    values = {flag: getattr(args, flag, None) for flag in _PLANNING}
+    given = [f"{flag}={value!r}" for flag, value in values.items() if value and value != _default_of(args, flag)]
+    if given or said:
+        plan = getattr(args, "checkpointing_plan", None)
+        named = f"checkpointing_plan={plan!r}" if isinstance(plan, str) else "checkpointing_plan"
+        raise ValueError(f"{named} and {[*given, *said][0]} both say what is done to each block. Remove one of them.")
+
+
+def _refuse_combinations(settings: Settings, label: str) -> None:
     refused = [key for key in ("context_fn", "debug") if settings.checkpoint_options.get(key)]
     if settings.use_reentrant and refused:
         raise ValueError(
             f"{label}: use_reentrant=True cannot be combined with {', '.join(refused)}. Remove one of them."
         )
-
-
-def _warn_without_effect(settings: Settings, given: list[str]) -> None:
-    given += ["checkpointing_modules"] if settings.modules else []
-    if given and "full" not in (settings.mode, *dict(settings.modules).values()):
-        logger.warning_once(f"No effect in checkpointing_mode='none': {', '.join(given)}. Remove it or set a mode.")
-
-
-# Checks of one value. Each raises ValueError with the flag as the user typed it, the value and the nearest valid one.
-
-
-def _check_mode(name: str, value: Any) -> None:
-    if isinstance(value, str) and value in MODES:
-        return
-    valid = ", ".join(sorted(MODES))
-    if isinstance(value, str) and value in PLANNED_MODES:
-        raise ValueError(f"{name}={value!r} is not in this version; the modes of this version are {valid}.")
-    if isinstance(value, bool):  # YAML reads on, off, yes and no as these.
-        raise _invalid(name, value, f"one of {valid}", "full" if value else "none")
-    planned = difflib.get_close_matches(_plain(value), [*MODES, *PLANNED_MODES], n=1)
-    if planned and planned[0] in PLANNED_MODES:
-        raise ValueError(f"{name}={value!r} is not one of {valid}, and {planned[0]!r} is not in this version.")
-    raise _invalid(name, value, f"one of {valid}", _nearest(value, MODES))
-
-
-def _check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        nearest = _nearest(value, (*_FALSE, *_TRUE)) in _TRUE if isinstance(value, str) else bool(value)
-        raise _invalid(name, value, "True or False", nearest)
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        try:
-            nearest = max(1, round(float(value)))
-        except (TypeError, ValueError, OverflowError):  # no number, nan, infinity
-            nearest = 1
-        raise _invalid(name, value, "a whole number from 1 up", nearest)
-
-
-def _check_function(name: str, value: Any) -> None:
-    if not callable(value):
+    selective = _who_says_selective(settings)
+    segment = f"checkpointing_segment={settings.segment!r}" if settings.segment != 1 else None
+    needing = selective or segment
+    if settings.use_reentrant and needing:
         raise ValueError(
-            f"{name}={value!r} is not a function. Pass one from Python; it has no form in JSON or on the CLI."
+            f"{needing} needs the non-reentrant variant of torch's checkpoint. Remove use_reentrant=True (in "
+            f"checkpointing_use_reentrant or {label or _HF_KWARGS[0]}), or {needing}."
         )
+    if selective and "context_fn" in refused:
+        raise ValueError(f"{label}['context_fn'] and {selective} are two selections of what is stored. Remove one.")
 
 
-def _check_offload(name: str, value: Any) -> None:
-    _check_bool(name, value)
-    if value:
-        raise ValueError(f"{name}=True is not in this version. Set it to False or remove it.")
+def _who_says_selective(settings: Settings) -> str | None:
+    if settings.plan is not None:
+        return "a selective block in checkpointing_plan" if settings.plan.count("selective") else None
+    if settings.mode == "selective":
+        return "checkpointing_mode='selective'"
+    parts = [part.name for part in settings.modules if part.mode == "selective"]
+    return f"'selective' in checkpointing_modules[{parts[0]!r}]" if parts else None
 
 
-def _one_of(*valid: str) -> Callable[[str, Any], None]:
-    def check(name: str, value: Any) -> None:
-        if not isinstance(value, str) or value not in valid:
-            raise _invalid(name, value, f"one of {', '.join(valid)}", _nearest(value, valid))
+def _warn_without_effect(settings: Settings, own: Mapping[str, Any], label: str) -> None:
+    """Say once which flags nothing follows from. `label`: HF's kwargs, if they were given."""
+    modes = [settings.mode, *(part.mode for part in settings.modules)]
+    kinds = (
+        [_KIND[mode] for mode in modes] if settings.plan is None else [a.kind for a in settings.plan.actions.values()]
+    )
+    idle = []
+    if not {"selective", "recompute"} & set(kinds):
+        every_n = settings.plan is None and own["checkpointing_every_n"] != 1
+        given = {label: label, "checkpointing_every_n": every_n, "checkpointing_modules": settings.modules}
+        idle += [flag for flag, value in given.items() if value]
+    follows = settings.mode == "selective" or any(
+        p.mode == "selective" and p.save == settings.save for p in settings.modules
+    )
+    if settings.plan is None and settings.save != DEFAULT_SAVE and not follows:
+        idle.append("checkpointing_save (of mode 'selective')")
+    if settings.segment != 1 and "recompute" not in kinds:
+        idle.append("checkpointing_segment (of mode 'full')")
+    elif settings.segment != 1 and settings.every_n != 1 and settings.plan is None:
+        idle.append("checkpointing_segment (with every_n there are no recomputed blocks in a row)")
+    if idle:
+        where = f"checkpointing_mode={settings.mode!r}" if settings.plan is None else "this checkpointing_plan"
+        logger.warning_once(f"No effect in {where}: {', '.join(idle)}. Remove it or set a mode.")
 
-    return check
 
+_KIND = {"none": "keep", "selective": "selective", "full": "recompute"}
 
-def _invalid(name: str, value: Any, wanted: str, nearest: Any) -> ValueError:
-    return ValueError(f"{name}={value!r} is not {wanted}. Did you mean {nearest!r}?")
-
-
-def _nearest(value: Any, valid: Iterable[str]) -> str:
-    return difflib.get_close_matches(_plain(value), list(valid), n=1, cutoff=0.0)[0]
-
-
-def _plain(value: Any) -> str:
-    return str(value).strip().lower().replace("-", "_")
-
-
-_TRUE = ("true", "yes", "on", "1")
-_FALSE = ("false", "no", "off", "0", "none", "null")
-
-_CHECKS: Mapping[str, Callable[[str, Any], None]] = {
-    "checkpointing_mode": lambda name, value: None if value is None else _check_mode(name, value),
-    "checkpointing_every_n": _check_count,
-    "checkpointing_skip_frozen": _check_bool,
-    "checkpointing_use_reentrant": _check_bool,
-    "checkpointing_input_grads": _one_of(*INPUT_GRADS),
-    "checkpointing_self_check": _check_bool,
-}
-
-# Handed to torch's checkpoint as they are.
-_TORCH_OPTIONS: Mapping[str, Callable[[str, Any], None]] = {
-    "context_fn": _check_function,
-    "determinism_check": _one_of("default", "none"),
-    "debug": _check_bool,
-    "early_stop": _check_bool,
-}
-
-_HF_OPTIONS: Mapping[str, Callable[[str, Any], None]] = {
-    "every_n_layers": _check_count,
-    "use_reentrant": _check_bool,
-    "preserve_rng_state": _check_bool,
-    "offload": _check_offload,
-    **_TORCH_OPTIONS,
-}
+# What else than a plan says what is done to each block.
+_PLANNING = ("checkpointing_mode", "checkpointing_modules", "checkpointing_every_n", "checkpointing_save")

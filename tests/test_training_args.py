@@ -8,12 +8,13 @@ import pickle
 import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
-from ckpt_trainer.plan import Settings
+from ckpt_trainer.plan import RECOMPUTE, SELECTIVE, Action, Part, Plan, Settings
 from ckpt_trainer.training_args import (
     CheckpointingArguments,
     CheckpointSeq2SeqTrainingArguments,
     CheckpointTrainingArguments,
     settings_of,
+    settings_of_flags,
 )
 
 # HF's own word on its old names, which half of these tests use on purpose.
@@ -23,6 +24,9 @@ FLAGS = {
     "checkpointing_mode": None,
     "checkpointing_modules": None,
     "checkpointing_every_n": 1,
+    "checkpointing_save": "expensive",
+    "checkpointing_segment": 1,
+    "checkpointing_plan": None,
     "checkpointing_skip_frozen": True,
     "checkpointing_use_reentrant": False,
     "checkpointing_input_grads": "auto",
@@ -58,6 +62,21 @@ def parse(tmp_path):
         return args
 
     return parse
+
+
+PLAN = Plan({"l.0": RECOMPUTE, "l.1": Action("keep", "why"), "l.2": RECOMPUTE})
+
+
+@pytest.fixture
+def plan_file(tmp_path):
+    """Write a plan, or text, and return the path."""
+
+    def plan_file(content=PLAN):
+        path = tmp_path / "plan.json"
+        path.write_text(content.to_json() if isinstance(content, Plan) else content)
+        return str(path)
+
+    return plan_file
 
 
 @pytest.fixture
@@ -103,6 +122,7 @@ def test_every_flag_becomes_a_setting(make):
         checkpointing_mode="none",
         checkpointing_modules={"vision": "full", "*.layers.3": "none"},
         checkpointing_every_n=2,
+        checkpointing_save=["mm", "mlp.*"],
         checkpointing_skip_frozen=False,
         checkpointing_use_reentrant=True,
         checkpointing_input_grads="never",
@@ -110,8 +130,9 @@ def test_every_flag_becomes_a_setting(make):
     )
     assert args.settings() == expected(
         mode="none",
-        modules=(("vision", "full"), ("*.layers.3", "none")),
+        modules=(Part("vision", "full"), Part("*.layers.3", "none")),
         every_n=2,
+        save=("mm", "mlp.*"),
         skip_frozen=False,
         use_reentrant=True,
         input_grads="never",
@@ -133,13 +154,15 @@ def test_use_cache_is_taken_over_where_hf_has_it(make):
 def test_command_line_sets_every_flag(parse):
     settings = parse(
         *("--checkpointing_mode", "none", "--checkpointing_every_n", "3", "--checkpointing_skip_frozen", "False"),
+        *("--checkpointing_save", "attention"),
         *("--checkpointing_modules", '{"vision": "full"}', "--checkpointing_use_reentrant"),
         *("--checkpointing-input-grads", "always", "--no_checkpointing_self_check"),
     ).settings()
     assert settings == expected(
         mode="none",
-        modules=(("vision", "full"),),
+        modules=(Part("vision", "full"),),
         every_n=3,
+        save=("attention",),
         skip_frozen=False,
         use_reentrant=True,
         input_grads="always",
@@ -149,6 +172,31 @@ def test_command_line_sets_every_flag(parse):
 
 def test_command_line_modules_become_a_dict(parse):
     assert parse("--checkpointing_modules", '{"vision": "full"}').checkpointing_modules == {"vision": "full"}
+
+
+@pytest.mark.parametrize(
+    ("text", "save"),
+    [
+        ("expensive", ("expensive",)),
+        ("half_matmul", ("half_matmul",)),
+        ("mm, attention,*.input_layernorm", ("mm", "attention", "*.input_layernorm")),
+        ('["mm", "mlp.*"]', ("mm", "mlp.*")),
+    ],
+)
+def test_command_line_takes_what_is_stored(parse, text, save):
+    args = parse("--checkpointing_mode", "selective", "--checkpointing_save", text)
+    assert args.settings() == expected(mode="selective", save=save)
+    assert args.checkpointing_save == (list(save) if text.startswith("[") else text)
+
+
+@pytest.mark.parametrize(("text", "segment"), [("4", 4), ("sqrt", "sqrt"), ("1", 1)])
+def test_command_line_takes_segments(parse, text, segment):
+    args = parse("--checkpointing_segment", text)
+    assert args.checkpointing_segment == args.settings().segment == segment
+
+
+def test_command_line_takes_a_plan(parse, plan_file):
+    assert parse("--checkpointing_plan", plan_file()).settings() == expected(plan=PLAN)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -196,23 +244,215 @@ def test_every_flag_has_help():
         assert "%" not in flag.metadata["help"].replace("%%", "")
 
 
+FILES = [
+    (
+        {"checkpointing_mode": "none", "checkpointing_modules": {"text": "full"}, "checkpointing_every_n": 2,
+         "gradient_checkpointing_kwargs": {"preserve_rng_state": False}},
+        expected(mode="none", modules=(Part("text", "full"),), every_n=2, preserve_rng_state=False),
+    ),
+    (
+        {"checkpointing_mode": "selective", "checkpointing_save": ["mm", "attention"],
+         "checkpointing_modules": {"text": "selective:matmul", "vision": "full"}, "checkpointing_segment": 4},
+        expected(mode="selective", modules=(Part("text", "selective", ("matmul",)), Part("vision", "full")),
+                 save=("mm", "attention"), segment=4),
+    ),
+    (
+        {"checkpointing_mode": "selective", "checkpointing_save": "mm,attention", "checkpointing_plan": None},
+        expected(mode="selective", save=("mm", "attention")),
+    ),
+    (
+        {"checkpointing_segment": "sqrt", "checkpointing_save": None, "checkpointing_modules": None},
+        expected(segment="sqrt"),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "settings"), FILES)
 @pytest.mark.parametrize("suffix", ["json", "yaml", "dict"])
-def test_files_and_dicts(tmp_path, suffix):
-    content = {
-        "output_dir": str(tmp_path),
-        "report_to": [],
-        "checkpointing_mode": "none",
-        "checkpointing_modules": {"text": "full"},
-        "checkpointing_every_n": 2,
-        "gradient_checkpointing_kwargs": {"preserve_rng_state": False},
-    }
+def test_files_and_dicts(tmp_path, suffix, content, settings):
+    content = {"output_dir": str(tmp_path), "report_to": [], **content}
     parser, path = HfArgumentParser(CheckpointTrainingArguments), tmp_path / f"args.{suffix}"
     if suffix == "dict":
         (args,) = parser.parse_dict(content)
     else:
         path.write_text(json.dumps(content))  # JSON is YAML
         (args,) = getattr(parser, f"parse_{suffix}_file")(str(path))
-    assert args.settings() == expected(mode="none", modules=(("text", "full"),), every_n=2, preserve_rng_state=False)
+    assert args.settings() == settings
+
+
+# Modes of parts, segments, plans.
+
+
+@pytest.mark.parametrize(
+    ("mode", "part"),
+    [
+        ("selective", Part("text", "selective", ("attention", "mm"))),
+        ("selective:matmul", Part("text", "selective", ("matmul",))),
+        ("selective:mm,mlp.*", Part("text", "selective", ("mm", "mlp.*"))),
+        ("selective:aten::mm", Part("text", "selective", ("aten::mm",))),
+        ("full", Part("text", "full")),
+        ("none", Part("text", "none")),
+    ],
+)
+def test_parts_store_what_they_say_or_what_all_do(make, mode, part):
+    args = make(checkpointing_modules={"text": mode}, checkpointing_save="attention,mm", checkpointing_mode="selective")
+    assert args.settings().modules == (part,)
+
+
+def test_segments_and_stored_names_set_later_are_read(make):
+    args = make(checkpointing_mode="selective")
+    args.checkpointing_save, args.checkpointing_segment = '["mm"]', "3"
+    assert args.settings() == expected(mode="selective", save=("mm",), segment=3)
+
+
+def test_a_plan_file_is_read_when_settings_are_made(make, plan_file, tmp_path):
+    args = make(checkpointing_plan=tmp_path / plan_file())
+    assert isinstance(args.checkpointing_plan, str)  # which JSON can hold
+    json.loads(args.to_json_string())
+    assert args.settings() == expected(plan=PLAN)
+    plan_file(Plan({"l.0": SELECTIVE}))
+    assert args.settings().plan == Plan({"l.0": SELECTIVE})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "this text is not JSON"),
+        ("[]", "a plan is a JSON object"),
+        (
+            '{"blocks": {"l.0": "recomput"}}',
+            "plan entry for block 'l.0' is 'recomput': action 'recomput' is not one of",
+        ),
+        ('{"blocks": {"l.0": "selective:expnsive"}}', "Did you mean 'expensive'?"),
+    ],
+)
+def test_a_bad_plan_file_names_flag_and_path(make, plan_file, content, message):
+    path = plan_file(content)
+    with pytest.raises(ValueError) as caught:
+        make(checkpointing_plan=path)
+    assert str(caught.value).startswith(f"checkpointing_plan={path!r}: ")
+    assert message in str(caught.value)
+
+
+def test_a_missing_plan_file_names_flag_and_path(make, tmp_path):
+    path = str(tmp_path / "nothing.json")
+    with pytest.raises(ValueError) as caught:
+        make(checkpointing_plan=path)
+    assert str(caught.value) == f"checkpointing_plan={path!r}: there is no file {path}."
+
+
+def test_binary_is_no_plan(make, tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"checkpointing_plan='.*plan.json' cannot be read: 'utf-8'"):
+        make(checkpointing_plan=str(tmp_path / "plan.json"))
+
+
+def test_an_object_is_no_path_where_arguments_are_saved(make):
+    with pytest.raises(ValueError, match=r"checkpointing_plan=.* is not the path of a JSON file"):
+        make(checkpointing_plan=PLAN)
+
+
+BESIDE_A_PLAN = [
+    ({"checkpointing_mode": "full"}, "checkpointing_mode='full'"),
+    ({"checkpointing_mode": "none"}, "checkpointing_mode='none'"),
+    ({"checkpointing_modules": {"text": "full"}}, "checkpointing_modules={'text': 'full'}"),
+    ({"checkpointing_every_n": 2}, "checkpointing_every_n=2"),
+    ({"checkpointing_save": "mm"}, "checkpointing_save='mm'"),
+    ({"gradient_checkpointing": True}, "gradient_checkpointing=True"),
+    ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "gradient_checkpointing_kwargs['every_n_layers']"),
+]
+
+
+@pytest.mark.parametrize(("flags", "named"), BESIDE_A_PLAN)
+def test_a_plan_and_something_else_that_plans_are_one_too_many(make, plan_file, flags, named):
+    path = plan_file()
+    with pytest.raises(ValueError) as caught:
+        make(checkpointing_plan=path, **flags)
+    message = str(caught.value)
+    assert message.startswith(f"checkpointing_plan={path!r} and ")
+    assert named in message
+    assert message.endswith(" both say what is done to each block. Remove one of them.")
+
+
+def test_a_plan_goes_with_flags_that_do_not_plan(make, plan_file):
+    settings = make(
+        checkpointing_plan=plan_file(),
+        checkpointing_mode=None,
+        checkpointing_modules={},
+        checkpointing_segment=2,
+        checkpointing_skip_frozen=False,
+        checkpointing_use_reentrant=False,
+        gradient_checkpointing_kwargs={"determinism_check": "none"},
+    ).settings()
+    options = {"determinism_check": "none"}
+    assert settings == expected(plan=PLAN, segment=2, skip_frozen=False, checkpoint_options=options)
+
+
+def test_a_default_of_the_args_class_gives_way_to_a_plan(make, plan_file):
+    assert make(TheirDefaults, checkpointing_plan=plan_file()).settings().plan == PLAN
+    assert make(OurDefaults, checkpointing_plan=plan_file()).settings().plan == PLAN
+
+
+def test_a_default_that_gave_way_to_a_plan_is_not_warned_of(make, plan_file, warnings_of):
+    def with_plan(plan, **flags):
+        return warnings_of(lambda: make(OurDefaults, checkpointing_plan=plan_file(plan), **flags))
+
+    assert with_plan(Plan({})) == []
+    assert with_plan(PLAN, checkpointing_segment=2) == []
+
+
+# What does not go together.
+
+ONE_SELECTIVE = Plan({"l.0": RECOMPUTE, "l.1": SELECTIVE})
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"checkpointing_mode": "selective"}, "checkpointing_mode='selective'"),
+        ({"checkpointing_modules": {"v": "full", "l": "selective:mm"}}, "'selective' in checkpointing_modules['l']"),
+        ({"checkpointing_plan": ONE_SELECTIVE}, "a selective block in checkpointing_plan"),
+        ({"checkpointing_segment": 2}, "checkpointing_segment=2"),
+        ({"checkpointing_segment": "sqrt"}, "checkpointing_segment='sqrt'"),
+    ],
+)
+@pytest.mark.parametrize("where", ["checkpointing_use_reentrant", "gradient_checkpointing_kwargs"])
+def test_reentrant_goes_with_none_of_these(make, plan_file, flags, named, where):
+    flags = {name: plan_file(value) if isinstance(value, Plan) else value for name, value in flags.items()}
+    flags[where] = True if where.startswith("checkpointing") else {"use_reentrant": True}
+    with pytest.raises(ValueError) as caught:
+        make(**flags)
+    message = str(caught.value)
+    assert message.startswith(
+        f"{named} needs the non-reentrant variant of torch's checkpoint. Remove use_reentrant=True"
+    )
+    assert where in message
+    assert message.endswith(f"), or {named}.")
+
+
+def test_reentrant_goes_with_a_plan_that_selects_nothing(make, plan_file):
+    assert make(checkpointing_plan=plan_file(), checkpointing_use_reentrant=True).settings().use_reentrant
+
+
+@pytest.mark.parametrize("flags", [{"checkpointing_mode": "selective"}, {"checkpointing_modules": {"a": "selective"}}])
+def test_two_selections_are_one_too_many(make, flags):
+    with pytest.raises(ValueError, match=r"\['context_fn'\] and .*selective.* are two selections .* Remove one"):
+        make(**flags, gradient_checkpointing_kwargs={"context_fn": contexts})
+    make(**flags, gradient_checkpointing_kwargs={"early_stop": False})
+
+
+# In a loop of one's own.
+
+
+def test_flags_without_prefix_take_a_plan_and_what_is_stored():
+    assert settings_of_flags({"plan": PLAN}).plan is PLAN
+    settings = settings_of_flags({"mode": "selective", "save": ["mm"], "segment": 1, "plan": None})
+    assert settings == Settings(mode="selective", save=("mm",))
+    assert settings_of_flags({"segment": "sqrt"}).segment == "sqrt"
+    with pytest.raises(ValueError, match=r"^checkpointing_plan and checkpointing_save='mm' both say"):
+        settings_of_flags({"plan": PLAN, "save": "mm"})
+    with pytest.raises(ValueError, match="there is no file"):
+        settings_of_flags({"plan": "no/plan.json"})
 
 
 # Copies.
@@ -240,7 +480,9 @@ def test_copies_say_the_same(make, duplicate, cls):
     args = make(
         cls,
         checkpointing_mode="full",
-        checkpointing_modules='{"vision": "none"}',
+        checkpointing_modules='{"vision": "none", "text": "selective:mm"}',
+        checkpointing_save='["mm", "mlp.*"]',
+        checkpointing_segment="4",
         checkpointing_self_check=False,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"every_n_layers": 2, "early_stop": False},
@@ -287,16 +529,44 @@ def test_json_still_refuses_what_is_not_a_function(make):
 # Bad values.
 
 BAD_FLAGS = [
-    ("checkpointing_mode", "fulll", "'fulll' is not one of full, none. Did you mean 'full'?"),
-    ("checkpointing_mode", "FULL", "'FULL' is not one of full, none. Did you mean 'full'?"),
-    ("checkpointing_mode", " none", "' none' is not one of full, none. Did you mean 'none'?"),
-    ("checkpointing_mode", "", "'' is not one of full, none. Did you mean "),
-    ("checkpointing_mode", False, "False is not one of full, none. Did you mean 'none'?"),
-    ("checkpointing_mode", 3, "3 is not one of full, none. Did you mean "),
-    ("checkpointing_mode", "auto", "'auto' is not in this version; the modes of this version are full, none."),
+    ("checkpointing_mode", "fulll", "'fulll' is not one of full, none, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", "FULL", "'FULL' is not one of full, none, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", " none", "' none' is not one of full, none, selective. Did you mean 'none'?"),
+    ("checkpointing_mode", "", "'' is not one of full, none, selective. Did you mean "),
+    ("checkpointing_mode", False, "False is not one of full, none, selective. Did you mean 'none'?"),
+    ("checkpointing_mode", 3, "3 is not one of full, none, selective. Did you mean "),
+    (
+        "checkpointing_mode",
+        "auto",
+        "'auto' is not in this version; the modes of this version are full, none, selective.",
+    ),
     ("checkpointing_mode", "offload", "'offload' is not in this version"),
-    ("checkpointing_mode", "selective", "'selective' is not in this version"),
-    ("checkpointing_mode", "selectve", "'selectve' is not one of full, none, and 'selective' is not in this version."),
+    (
+        "checkpointing_mode",
+        "ofload",
+        "'ofload' is not one of full, none, selective, and 'offload' is not in this version.",
+    ),
+    ("checkpointing_mode", "selectve", "'selectve' is not one of full, none, selective. Did you mean 'selective'?"),
+    ("checkpointing_mode", "selective:mm", ". Set it to 'selective', checkpointing_save to 'mm'."),
+    ("checkpointing_save", "expnsive", ": 'expnsive' is not a tier. Did you mean 'expensive'?"),
+    ("checkpointing_save", ["mm", "Attention"], ": 'Attention' is not a tier. Did you mean 'attention'?"),
+    ("checkpointing_save", "expensive,mm", ": 'expensive' stands alone, and expensive, mm are 2."),
+    ("checkpointing_save", "", ": '' is not one of expensive, matmul, half_matmul, attention, or a list of op names"),
+    ("checkpointing_save", [], ": [] is not one of expensive, matmul, half_matmul, attention, or a list of op names"),
+    ("checkpointing_save", 3, ": 3 is not one of expensive, matmul"),
+    ("checkpointing_save", ["mm", 3], ": ['mm', 3] is not one of expensive, matmul"),
+    ("checkpointing_segment", 0, "0 is not a whole number from 1 up or 'sqrt'. Did you mean 1?"),
+    ("checkpointing_segment", "0", "'0' is not a whole number from 1 up or 'sqrt'. Did you mean 1?"),
+    ("checkpointing_segment", -3, "-3 is not a whole number from 1 up or 'sqrt'. Did you mean 1?"),
+    ("checkpointing_segment", True, "True is not a whole number from 1 up or 'sqrt'. Did you mean 1?"),
+    ("checkpointing_segment", 2.6, "2.6 is not a whole number from 1 up or 'sqrt'. Did you mean 3?"),
+    ("checkpointing_segment", "2.6", "'2.6' is not a whole number from 1 up or 'sqrt'. Did you mean 3?"),
+    ("checkpointing_segment", "Sqrt", "'Sqrt' is not a whole number from 1 up or 'sqrt'. Did you mean 'sqrt'?"),
+    ("checkpointing_segment", "sqr", "Did you mean 'sqrt'?"),
+    ("checkpointing_segment", "four", "Did you mean 1?"),
+    ("checkpointing_plan", 3, "3 is not the path of a JSON file. Write one with plan.to_json()."),
+    ("checkpointing_plan", "no/plan.json", ": there is no file /"),
+    ("checkpointing_plan", "/", " cannot be read: "),
     ("checkpointing_every_n", 0, "0 is not a whole number from 1 up. Did you mean 1?"),
     ("checkpointing_every_n", -1, "-1 is not a whole number from 1 up. Did you mean 1?"),
     ("checkpointing_every_n", True, "True is not a whole number from 1 up. Did you mean 1?"),
@@ -319,9 +589,27 @@ BAD_FLAGS = [
     ("checkpointing_modules", ["vision"], "['vision'] is not a dict"),
 ]
 BAD_MODULES = [
-    ({"vision": "ful"}, "checkpointing_modules['vision']='ful' is not one of full, none. Did you mean 'full'?"),
+    (
+        {"vision": "ful"},
+        "checkpointing_modules['vision']='ful' is not one of full, none, selective. Did you mean 'full'?",
+    ),
     ({"vision": "offload"}, "checkpointing_modules['vision']='offload' is not in this version"),
-    ({"vision": None}, "checkpointing_modules['vision']=None is not one of full, none. Did you mean 'none'?"),
+    (
+        {"vision": None},
+        "checkpointing_modules['vision']=None is not one of full, none, selective. Did you mean 'none'?",
+    ),
+    (
+        {"vision": "selective:atention"},
+        "['vision']='selective:atention': 'atention' is not a tier. Did you mean 'attention'?",
+    ),
+    ({"vision": "selective:"}, "['vision']='selective:': '' is not one of expensive, matmul"),
+    ({"vision": "selective:mm,half_matmul"}, "'half_matmul' stands alone, and mm, half_matmul are 2."),
+    ({"vision": "full:mm"}, "only 'selective' is followed by what it stores. Did you mean 'selective:mm'?"),
+    (
+        {"vision": "selectiv:mm"},
+        "['vision']='selectiv:mm' is not a mode; only 'selective' is followed by what it stores.",
+    ),
+    ({"vision": "selectiv"}, "['vision']='selectiv' is not one of full, none, selective. Did you mean 'selective'?"),
     ({3: "full"}, "a name in checkpointing_modules=3 is not a module glob"),
     ({"": "full"}, "a name in checkpointing_modules='' is not a module glob"),
 ]
@@ -455,6 +743,7 @@ def test_hf_flag_set_to_false_is_no_conflict(make, name):
 
 CONFLICTS = [
     ({"checkpointing_mode": "none"}, {"gradient_checkpointing": True}),
+    ({"checkpointing_mode": "selective"}, {"gradient_checkpointing": True}),
     ({"checkpointing_every_n": 3}, {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}),
     ({"checkpointing_every_n": 3}, {"gradient_checkpointing_kwargs": {"every_n_layers": 1}}),
     ({"checkpointing_use_reentrant": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
@@ -504,6 +793,7 @@ class OurDefaults(CheckpointTrainingArguments):
 def test_a_default_of_the_args_class_is_not_the_users_word(make):
     assert make(TheirDefaults).settings() == expected(every_n=2)
     assert make(TheirDefaults, checkpointing_mode="none").settings().mode == "none"
+    assert make(TheirDefaults, checkpointing_mode="selective").settings() == expected(mode="selective", every_n=2)
     assert make(TheirDefaults, checkpointing_every_n=3).settings().every_n == 3
     assert make(TheirDefaults, gradient_checkpointing=False).settings().mode == "full"
 
@@ -544,7 +834,7 @@ def test_json_text_set_later_is_read(make):
     args = make()
     args.gradient_checkpointing_kwargs = '{"every_n_layers": 2}'
     args.checkpointing_modules = '{"vision": "none"}'
-    assert args.settings() == expected(every_n=2, modules=(("vision", "none"),))
+    assert args.settings() == expected(every_n=2, modules=(Part("vision", "none"),))
 
 
 def test_flags_set_later_are_read(make):
@@ -596,6 +886,52 @@ def test_one_warning_for_what_has_no_effect(make, warnings_of, flags, named):
     assert [flag for flag in FLAGS if flag in message] == ["checkpointing_mode"] + [f for f in FLAGS if f == named]
 
 
+SAVE, SEGMENT = {"checkpointing_save": "mm"}, {"checkpointing_segment": 2}
+SELECTIVE_MODE = {"checkpointing_mode": "selective"}
+NO_SAVE, NO_SEGMENT = "checkpointing_save (of mode 'selective')", "checkpointing_segment (of mode 'full')"
+
+
+@pytest.mark.parametrize(
+    ("flags", "where", "idle"),
+    [
+        (SAVE, "checkpointing_mode='full'", NO_SAVE),
+        ({**SAVE, "checkpointing_modules": {"l": "selective:attention"}}, "checkpointing_mode='full'", NO_SAVE),
+        ({**SEGMENT, **SELECTIVE_MODE}, "checkpointing_mode='selective'", NO_SEGMENT),
+        ({**SAVE, **SEGMENT, "checkpointing_mode": "none"}, "checkpointing_mode='none'", f"{NO_SAVE}, {NO_SEGMENT}"),
+        ({**SEGMENT, "checkpointing_plan": Plan({"l.0": SELECTIVE})}, "this checkpointing_plan", NO_SEGMENT),
+        ({"gradient_checkpointing_kwargs": {"early_stop": True}, "checkpointing_plan": Plan({})},
+         "this checkpointing_plan", "gradient_checkpointing_kwargs"),
+        ({**SEGMENT, "checkpointing_every_n": 2}, "checkpointing_mode='full'",
+         "checkpointing_segment (with every_n there are no recomputed blocks in a row)"),
+    ],
+)  # fmt: skip
+def test_one_warning_for_what_concerns_another_mode(make, plan_file, warnings_of, flags, where, idle):
+    flags = {name: plan_file(value) if isinstance(value, Plan) else value for name, value in flags.items()}
+    (message,) = warnings_of(lambda: [make(**flags).settings() for _ in range(2)])
+    shown = message.replace("activation_checkpointing_kwargs/", "")
+    assert shown == f"No effect in {where}: {idle}. Remove it or set a mode."
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {**SAVE, **SELECTIVE_MODE},
+        {**SELECTIVE_MODE, "checkpointing_every_n": 2, "checkpointing_modules": {"l": "none"}},
+        {**SAVE, "checkpointing_modules": {"l": "selective"}},
+        {**SAVE, **SELECTIVE_MODE, "checkpointing_modules": {"l": "selective:attention"}},
+        SEGMENT,
+        {"checkpointing_segment": "sqrt"},
+        {**SEGMENT, **SELECTIVE_MODE, "checkpointing_modules": {"l": "full"}},
+        {**SEGMENT, "checkpointing_plan": PLAN},
+        {"checkpointing_plan": Plan({})},
+        {"checkpointing_mode": "none", "checkpointing_modules": {"l": "selective"}, "checkpointing_every_n": 2},
+    ],
+)
+def test_no_warning_where_a_mode_is_concerned(make, plan_file, warnings_of, flags):
+    flags = {name: plan_file(value) if isinstance(value, Plan) else value for name, value in flags.items()}
+    assert warnings_of(lambda: make(**flags)) == []
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -627,6 +963,6 @@ def test_mixes_with_trl(make, parse):
     )
     assert args.model_init_kwargs == {"use_cache": False}
     assert args.packing is True
-    assert args.settings().modules == (("vision", "full"),)
+    assert args.settings().modules == (Part("vision", "full"),)
     assert dataclasses.replace(args, checkpointing_every_n=2).settings().every_n == 2
     assert Mixed(**without_tokens(args)).settings() == args.settings()

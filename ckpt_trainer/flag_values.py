@@ -1,0 +1,201 @@
+"""The value of one flag: read from text where it came as text, and checked.
+
+Each function raises ValueError with the flag as the user typed it, the value, and what is valid or the nearest of it.
+How flags decide together is for `training_args`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ckpt_trainer import plan as plans
+from ckpt_trainer.plan import DEFAULT_SAVE, INPUT_GRADS, MODES, PLANNED_MODES, Part, Plan
+
+Check = Callable[[str, Any], None]
+_T = TypeVar("_T")
+
+
+def check_mode(name: str, value: Any) -> None:
+    if isinstance(value, str) and value in MODES:
+        return
+    valid = ", ".join(sorted(MODES))
+    if isinstance(value, str) and value in PLANNED_MODES:
+        raise ValueError(f"{name}={value!r} is not in this version; the modes of this version are {valid}.")
+    if isinstance(value, bool):  # YAML reads on, off, yes and no as these.
+        raise invalid(name, value, f"one of {valid}", "full" if value else "none")
+    if isinstance(value, str) and value.startswith("selective:"):
+        save = value.removeprefix("selective:")
+        raise ValueError(
+            f"{name}={value!r} is not one of {valid}. Set it to 'selective', checkpointing_save to {save!r}."
+        )
+    planned = difflib.get_close_matches(_plain(value), [*MODES, *PLANNED_MODES], n=1)
+    if planned and planned[0] in PLANNED_MODES:
+        raise ValueError(f"{name}={value!r} is not one of {valid}, and {planned[0]!r} is not in this version.")
+    raise invalid(name, value, f"one of {valid}", nearest(value, MODES))
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        near = nearest(value, (*_FALSE, *_TRUE)) in _TRUE if isinstance(value, str) else bool(value)
+        raise invalid(name, value, "True or False", near)
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise invalid(name, value, "a whole number from 1 up", _nearest_count(value))
+
+
+def read_dict(name: str, value: Any) -> dict[Any, Any]:
+    """A dict from itself, from JSON, or from None."""
+    example = '{"vision": "full"}' if name == "checkpointing_modules" else '{"every_n_layers": 2}'
+    try:
+        found = json.loads(value) if isinstance(value, str) else {} if value is None else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={value!r} is not JSON: {error}. Write it like '{example}'.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}={value!r} is not a dict. Write it like {example}.")
+    return found
+
+
+def read_modules(name: str, value: Any, save: tuple[str, ...]) -> tuple[Part, ...]:
+    """Parts from a dict of module glob to mode; `save` is what `selective` stores where its value does not say."""
+    parts = []
+    for module, mode in read_dict(name, value).items():
+        if not isinstance(module, str) or not module:
+            raise invalid(f"a name in {name}", module, "a module glob or one of text, vision, audio", "*")
+        parts.append(_read_part(module, f"{name}[{module!r}]", mode, save))
+    return tuple(parts)
+
+
+def _read_part(module: str, name: str, mode: Any, save: tuple[str, ...]) -> Part:
+    kind, colon, named = mode.partition(":") if isinstance(mode, str) else (mode, "", "")
+    if colon and kind == "selective":
+        return Part(module, "selective", _of(name, mode, plans.read_save, named))
+    if colon:
+        raise invalid(name, mode, "a mode; only 'selective' is followed by what it stores", f"selective:{named}")
+    check_mode(name, mode)
+    return Part(module, mode, save if mode == "selective" else DEFAULT_SAVE)
+
+
+def read_save(name: str, value: Any) -> tuple[str, ...]:
+    """What `selective` stores, from a list, a list in JSON, names separated by commas, or None for the default."""
+    return DEFAULT_SAVE if value is None else _of(name, value, plans.read_save, from_json_list(value))
+
+
+def from_json_list(value: Any) -> Any:
+    """A list from its JSON text; what is no such text as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    except json.JSONDecodeError:
+        return value
+
+
+def read_segment(name: str, value: Any) -> int | str:
+    """A whole number from 1 up, from itself or its digits, or `sqrt`; None is 1."""
+    found = 1 if value is None else int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if found == "sqrt":
+        return "sqrt"
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        near = "sqrt" if difflib.get_close_matches(_plain(value), ["sqrt"]) else _nearest_count(value)
+        raise invalid(name, value, "a whole number from 1 up or 'sqrt'", near)
+    return found
+
+
+def read_plan(name: str, value: Any, only_files: bool) -> Plan | None:
+    """A plan from a file that holds one as JSON; a `Plan` as it is, unless it stands where all must go into JSON."""
+    if value is None or (isinstance(value, Plan) and not only_files):
+        return value
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{name}={value!r} is not the path of a JSON file. Write one with plan.to_json().")
+    path = Path(value).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{name}={value!r}: there is no file {path.absolute()}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{name}={value!r} cannot be read: {error}.") from None
+    return _of(name, value, Plan.from_json, text)
+
+
+def _of(name: str, value: Any, read: Callable[[Any], _T], raw: Any) -> _T:
+    try:
+        return read(raw)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r}: {error}") from None
+
+
+def nearest(value: Any, valid: Iterable[str]) -> str:
+    """The one that is most like `value`."""
+    return difflib.get_close_matches(_plain(value), list(valid), n=1, cutoff=0.0)[0]
+
+
+def invalid(name: str, value: Any, wanted: str, near: Any) -> ValueError:
+    return ValueError(f"{name}={value!r} is not {wanted}. Did you mean {near!r}?")
+
+
+def _nearest_count(value: Any) -> int:
+    try:
+        return max(1, round(float(value)))
+    except (TypeError, ValueError, OverflowError):  # no number, nan, infinity
+        return 1
+
+
+def _check_function(name: str, value: Any) -> None:
+    if not callable(value):
+        raise ValueError(
+            f"{name}={value!r} is not a function. Pass one from Python; it has no form in JSON or on the CLI."
+        )
+
+
+def _check_offload(name: str, value: Any) -> None:
+    check_bool(name, value)
+    if value:
+        raise ValueError(f"{name}=True is not in this version. Set it to False or remove it.")
+
+
+def _one_of(*valid: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in valid:
+            raise invalid(name, value, f"one of {', '.join(valid)}", nearest(value, valid))
+
+    return check
+
+
+def _plain(value: Any) -> str:
+    return str(value).strip().lower().replace("-", "_")
+
+
+_TRUE = ("true", "yes", "on", "1")
+_FALSE = ("false", "no", "off", "0", "none", "null")
+
+# The flags whose value is used as it is. For the others there is a function that reads them.
+FLAG_CHECKS: Mapping[str, Check] = {
+    "checkpointing_mode": lambda name, value: None if value is None else check_mode(name, value),
+    "checkpointing_every_n": check_count,
+    "checkpointing_skip_frozen": check_bool,
+    "checkpointing_use_reentrant": check_bool,
+    "checkpointing_input_grads": _one_of(*INPUT_GRADS),
+    "checkpointing_self_check": check_bool,
+}
+
+# Handed to torch's checkpoint as they are.
+TORCH_OPTIONS: Mapping[str, Check] = {
+    "context_fn": _check_function,
+    "determinism_check": _one_of("default", "none"),
+    "debug": check_bool,
+    "early_stop": check_bool,
+}
+
+# The keys of `activation_checkpointing_kwargs`.
+HF_OPTIONS: Mapping[str, Check] = {
+    "every_n_layers": check_count,
+    "use_reentrant": check_bool,
+    "preserve_rng_state": check_bool,
+    "offload": _check_offload,
+    **TORCH_OPTIONS,
+}
