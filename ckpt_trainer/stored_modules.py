@@ -143,14 +143,16 @@ class StoredModulesCall:
         try:
             output = self._run(partial(pack, weakref.ref(run)), partial(original, *args, **kwargs))
         except HoldsTooMuchError:
-            set_states(run.states)
             records[-1] = None
             self._owner.skipped[site.name] = "it holds more than its inputs and results, so it is no single kernel"
-            return original(*args, **kwargs)
         finally:
             if records[-1] is not None:
                 record.references = run.save_inputs(self._owner.anchor)
                 self._packed += run.packed
+        if records[-1] is None:
+            # Only here, where nothing holds what the run had made so far.
+            set_states(run.states)
+            return original(*args, **kwargs)
         self._keep(record, run, output, list(tensors_in((args, kwargs))))
         return output
 

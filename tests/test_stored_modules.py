@@ -609,6 +609,15 @@ class Raises(Mlp):
         raise ArithmeticError(y.mean())
 
 
+class DrawsAfter(Block):
+    def forward(self, x):
+        return torch.relu(self.mlp(x) * random.random() + self.out(x) * random.random()).exp()
+
+
+def test_python_random_numbers_drawn_later_are_the_same():
+    assert_exact(lambda: DrawsAfter(PythonRandom()), ["mlp"])
+
+
 class RecursiveWrites(Recursive):
     def forward(self, x, depth=2):
         return super().forward(x.mul_(2), depth)
@@ -815,6 +824,14 @@ def test_a_scan_that_is_composed_of_ops_is_not_held(by_name):
 
     _, wrapped = assert_exact(build, ["attention"])
     assert "no single kernel" in next(iter(wrapped.stored.skipped.values()))
+
+
+def test_a_copy_made_within_a_forward_has_the_kernel_itself():
+    block = Block(Mixer(False, torch_chunk_gated_delta_rule))
+    copies = []
+    block.norm2.register_forward_hook(lambda *_: copies.append(copy.deepcopy(block.mlp)))
+    Checkpointed(block, ["attention"])(torch.randn(4, 8)).sum().backward()
+    assert {made.chunk_gated_delta_rule for made in copies} == {torch_chunk_gated_delta_rule}
 
 
 def test_other_threads_get_the_kernel_itself():
