@@ -205,8 +205,8 @@ def test_layers_of_a_sequential_take_turns():
 
 def composed(scale):
     def attend(block, x):
-        q = block.linear(x)
-        return x + torch.softmax(q @ x.transpose(1, 2) * scale, -1) @ q
+        q, k = block.linear(x), x.sin()
+        return x + torch.softmax(q @ k.transpose(1, 2) * scale, -1) @ q
 
     return attend
 
@@ -281,14 +281,21 @@ def test_routing_cannot_drift():
 
 
 def test_random_numbers_after_a_stored_op_are_the_same():
-    def attend(block, x):
-        q = block.linear(x)[:, None]
-        q = torch.ops.ckpt_trainer_test_stored.noisy(q)
-        return F.dropout(q.tanh(), 0.5) * F.dropout(x[:, None].sin(), 0.5)
+    def forward(block, x):
+        return F.dropout(noisy(block.linear(x)).tanh(), 0.5) * F.dropout(x.sin(), 0.5)
 
-    run = assert_exact(Wrapped(attend), ["ckpt_trainer_test_stored::noisy"], x_(), times=2)
+    run = assert_exact(Wrapped(forward), ["ckpt_trainer_test_stored::noisy"], x_(), times=2)
     assert NOISE.calls == 1 + 3  # plain and three forwards; none in the six replays
     assert run.stored.matched == {"ckpt_trainer_test_stored::noisy"}
+
+
+def test_random_numbers_after_a_stored_op_of_torch_are_the_same():
+    def forward(block, x):
+        return x + F.dropout(torch.native_dropout(block.linear(x), 0.5, True)[0].tanh(), 0.5)
+
+    block = Wrapped(forward)
+    run = assert_exact(block, ["native_dropout"], x_(), times=2)
+    assert counted(run, block, x_())[1]["native_dropout"] == 0
 
 
 class NOISE:
@@ -446,6 +453,25 @@ def test_branches_that_change_in_between():
     expected = gradients(block, block, x_())
     flags["extra"] = True
     assert same(gradients(Runner(block, "matmul"), block, x_()), expected)
+
+
+def test_a_replay_that_takes_another_way_teaches_nothing():
+    flags = [True]
+
+    def forward(block, x):
+        ways = (
+            lambda: block.linear(x),
+            lambda: block.linear(x),
+        )
+        return ways[flags[0]]().tanh()
+
+    run = Runner(Wrapped(forward), "matmul")
+    loss = run(x_().requires_grad_()).sum()
+    flags[0] = False
+    loss.backward()
+    flags[0] = True
+    run(x_().requires_grad_())
+    assert run.calls[-1].bytes == 2 * 6 * 8 * 4
 
 
 def test_another_shape_in_the_replay_is_an_error():
