@@ -78,7 +78,7 @@ class BlockState:
         states = self._random_states(devices)
         yield before
         after = self._random_states(devices)
-        drew = [not _same_state(old, new) for (_, old), (_, new) in zip(states, after, strict=True)]
+        drew = [not same_state(old, new) for (_, old), (_, new) in zip(states, after, strict=True)]
         before.unrestored = any(drew) and self._restore_random is False
         if self._restore_random is not False:
             kept = zip(states, drew, strict=True)
@@ -88,7 +88,7 @@ class BlockState:
         self.watched = True
 
     def _random_states(self, devices: Sequence[torch.device]) -> list[tuple[torch.device | None, Any]]:
-        states: list[tuple[torch.device | None, Any]] = [(device, _random_state(device)) for device in devices]
+        states: list[tuple[torch.device | None, Any]] = [(device, random_state(device)) for device in devices]
         # Rare and slow to read, so only where the first forward used it.
         if self._uses_python_random or not self.watched:
             states.append((None, random.getstate()))
@@ -160,11 +160,11 @@ def as_before(before: Before) -> Iterator[None]:
     """Modes, generators and buffers as they were before a forward; what a replay draws and writes is undone."""
     switched = [module for module, training in before.training if module.training != training]
     current = [(module, dict(module._buffers)) for module, _ in before.buffers]
-    states = [(device, random.getstate() if device is None else _random_state(device)) for device, _ in before.random]
+    states = [(device, random.getstate() if device is None else random_state(device)) for device, _ in before.random]
     try:
         _toggle_training(switched)
         for device, state in before.random:
-            _set_random_state(device, state)
+            set_random_state(device, state)
         for module, buffers in before.buffers:
             # Cloned again for each replay: a graph that is kept may be replayed more than once.
             _set_buffers(module, {key: None if b is None else b.clone() for key, b in buffers.items()})
@@ -173,7 +173,7 @@ def as_before(before: Before) -> Iterator[None]:
         for module, buffers in current:
             _set_buffers(module, buffers)
         for device, state in states:
-            _set_random_state(device, state)
+            set_random_state(device, state)
         _toggle_training(switched)
 
 
@@ -191,14 +191,16 @@ def _keeps_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase)
 
 
-def _random_state(device: torch.device) -> Tensor:
+def random_state(device: torch.device) -> Tensor:
+    """State of the generator of a device."""
     if device.type == "cpu":
         return torch.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
-def _set_random_state(device: torch.device | None, state: Any) -> None:
+def set_random_state(device: torch.device | None, state: Any) -> None:
+    """Put the generator of a device, or Python's `random` (None), into a state."""
     if device is None:
         random.setstate(state)
     elif device.type == "cpu":
@@ -207,5 +209,6 @@ def _set_random_state(device: torch.device | None, state: Any) -> None:
         torch.get_device_module(device).set_rng_state(state, device)
 
 
-def _same_state(old: Any, new: Any) -> bool:
+def same_state(old: Any, new: Any) -> bool:
+    """Whether nothing was drawn between two states of one generator."""
     return torch.equal(old, new) if isinstance(old, Tensor) else bool(old == new)

@@ -116,10 +116,11 @@ def _tensors(owners: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:
         yield from (owner,) if isinstance(owner, Tensor) else (*owner.parameters(), *owner.buffers())
 
 
-def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """What a tensor is stored in: one storage, those of its parts, or none that can be told."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return [storage for name in names for storage in _storages(getattr(tensor, name))]
+        return [storage for name in names for storage in storages_of(getattr(tensor, name))]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
     return [tensor.untyped_storage()] if tensor.layout is torch.strided else []
@@ -173,9 +174,9 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
     def _held(self) -> Iterator[list[torch.UntypedStorage]]:
         # A storage is known by its address, which is safe only because each of them is alive while this runs.
-        excluded = {storage._cdata for tensor in _tensors(self._exclude) for storage in _storages(tensor)}
+        excluded = {storage._cdata for tensor in _tensors(self._exclude) for storage in storages_of(tensor)}
         for saved in self._saved:
-            yield [storage for storage in _storages(saved.tensor) if storage._cdata not in excluded]
+            yield [storage for storage in storages_of(saved.tensor) if storage._cdata not in excluded]
 
     def _pack(self, tensor: Tensor) -> _Saved:
         saved = _Saved(tensor)
@@ -231,7 +232,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _follow(self, tree: Any, is_new: bool) -> None:
-        for storage in (s for leaf in tree_iter(tree) if isinstance(leaf, Tensor) for s in _storages(leaf)):
+        for storage in (s for leaf in tree_iter(tree) if isinstance(leaf, Tensor) for s in storages_of(leaf)):
             key = storage._cdata
             if key not in self._references:
                 self._references[key] = weakref.ref(storage, partial(self._forget, key))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_iter
 
-from ckpt_trainer.memory import _storages
+from ckpt_trainer.memory import storages_of
 
 Kind = Literal["attention", "matmul", "batched", "choice", "collective", "copy", "unsafe view"]
 Place = tuple[str | int, ...]
@@ -234,9 +234,12 @@ def returns_argument(op: Any, args: Any, kwargs: Any, out: Any) -> bool:
     if kind_of(op) in ("matmul", "batched") and _parts(op)[0] == "aten":
         return False
     given = {
-        storage._cdata for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor) for storage in _storages(leaf)
+        storage._cdata
+        for leaf in tree_iter((args, kwargs))
+        if isinstance(leaf, Tensor)
+        for storage in storages_of(leaf)
     }
-    return any(storage._cdata in given for tensor in tensors_in(out) for storage in _storages(tensor))
+    return any(storage._cdata in given for tensor in tensors_in(out) for storage in storages_of(tensor))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

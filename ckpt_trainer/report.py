@@ -16,6 +16,7 @@ from torch import nn
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import Block
 from ckpt_trainer.install import Selection
+from ckpt_trainer.ops import nearest_names
 from ckpt_trainer.plan import FROZEN, TIERS, Action, Plan, Settings
 from ckpt_trainer.rebuild import AVAILABLE, Rebuilding
 from ckpt_trainer.recompute import Tally
@@ -196,8 +197,7 @@ def explain_no_effect(tally: Tally, planned: Sequence[Block]) -> list[str]:
 
 def explain_unmatched(names: Sequence[str], ops: Mapping[str, int], modules: Sequence[str]) -> str:
     """Names in `checkpointing_save` that no op and no module of the first step had."""
-    there = [*ops, *modules]
-    near = {name: difflib.get_close_matches(name, there, n=1) for name in names}
+    near = {name: difflib.get_close_matches(name, modules, n=1) or nearest_names(name, list(ops)) for name in names}
     hint = "".join(f" Did you mean {found[0]!r} for {name!r}?" for name, found in near.items() if found)
     return (
         f"checkpointing_save names {', '.join(map(repr, names))}, which matched nothing in the first step.{hint}\n"

@@ -20,7 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ckpt_trainer.block_state import _random_state, _same_state, _set_random_state, devices_of
+from ckpt_trainer.block_state import devices_of, random_state, same_state, set_random_state
 from ckpt_trainer.sites import Site
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
@@ -42,21 +42,21 @@ class Run:
     def __init__(self, site: Site, block: str, inputs: list[Tensor]) -> None:
         self.site = site
         self.inputs = inputs
-        self.packed: list[weakref.ref[Packed]] = []
+        self.packed: list[weakref.ref[RunSaved]] = []
         devices: list[torch.device | None] = [*devices_of(inputs)]
         devices += [None] if site.uses_python_random or not site.watched else []  # slow to read
         self.states: States = [(device, state_of(device)) for device in devices]
         self._where = f"{site.name!r} of block {block!r}"
         self._versions = [tensor._version for tensor in inputs]
         self._storages = [storage_of(tensor) for tensor in inputs]
-        self._references: list[tuple[Packed, int]] = []
+        self._references: list[tuple[RunSaved, int]] = []
         self._attributes = site.attributes()
         # A kernel holds its inputs, its results and a few statistics; a composition of ops holds every step.
         self._room = 2 * sum(tensor.nbytes for tensor in inputs)
         self._held: set[int] = set()
 
-    def pack(self, tensor: Tensor) -> Packed:
-        packed = Packed(self._where)
+    def pack(self, tensor: Tensor) -> RunSaved:
+        packed = RunSaved(self._where)
         self.packed.append(weakref.ref(packed))
         if _is_parameter(tensor) or not (self._refer_to_input(packed, tensor) or _refer_to_parameter(packed, tensor)):
             # Detached, because a result that an op saves would hold the op that holds it.
@@ -64,7 +64,7 @@ class Run:
             self._take_room(tensor)
         return packed
 
-    def _refer_to_input(self, packed: Packed, tensor: Tensor) -> bool:
+    def _refer_to_input(self, packed: RunSaved, tensor: Tensor) -> bool:
         index = self.index_of(tensor)
         if index is not None:
             packed.view = _view(self.inputs[index], tensor)
@@ -109,7 +109,7 @@ class Run:
     def drawn(self) -> States:
         """The generators that the run drew from, as it left them."""
         now = [(device, state_of(device)) for device, _ in self.states]
-        drawn = [new for new, old in zip(now, self.states, strict=True) if not _same_state(old[1], new[1])]
+        drawn = [new for new, old in zip(now, self.states, strict=True) if not same_state(old[1], new[1])]
         self.site.uses_python_random |= any(device is None for device, _ in drawn)
         return drawn
 
@@ -122,7 +122,7 @@ class Run:
         return None if _are_same(self.site.attributes(), self._attributes) else LEFT_ON_ITSELF
 
 
-class Packed:
+class RunSaved:
     """What autograd holds for a tensor that a run saved.
 
     Args:
@@ -255,12 +255,12 @@ class _Give(torch.autograd.Function):
 
 
 # Functions and not methods: autograd holds them as long as the graph, so they must not hold what runs.
-def pack(run: weakref.ref[Run], tensor: Tensor) -> Packed | None:
+def pack(run: weakref.ref[Run], tensor: Tensor) -> RunSaved | None:
     running = run()
     return running.pack(tensor) if running is not None else None
 
 
-def unpack(packed: Packed) -> Tensor:
+def unpack(packed: RunSaved) -> Tensor:
     return packed.unpack()
 
 
@@ -276,11 +276,11 @@ def save_for_checkpoint(anchor: Tensor, tensors: list[Tensor]) -> Any:
 
 def set_states(states: States) -> None:
     for device, state in states:
-        _set_random_state(device, state)
+        set_random_state(device, state)
 
 
 def state_of(device: torch.device | None) -> Any:
-    return random.getstate() if device is None else _random_state(device)
+    return random.getstate() if device is None else random_state(device)
 
 
 def storage_of(tensor: Tensor) -> int:
@@ -350,7 +350,7 @@ def _is_plain_cast(source: Tensor, cast: Tensor) -> bool:
     return same and cast._version == 0 and source.is_contiguous() and cast.is_contiguous()
 
 
-def _refer_to_parameter(packed: Packed, tensor: Tensor) -> bool:
+def _refer_to_parameter(packed: RunSaved, tensor: Tensor) -> bool:
     whole, edge = _cast_of(tensor)
     parameter = getattr(edge[0], "variable", None) if edge else None
     if parameter is None or not _is_plain_cast(parameter, whole):

@@ -31,8 +31,8 @@ from ckpt_trainer.runs import (
     LEFT_ON_ITSELF,
     HoldsTooMuchError,
     Outputs,
-    Packed,
     Run,
+    RunSaved,
     States,
     StrangeOutputError,
     bytes_of,
@@ -86,7 +86,7 @@ class StoredModulesCall:
     def __init__(self, owner: StoredModules) -> None:
         self._owner = owner
         self._records: dict[str, list[_Record | None]] = defaultdict(list)
-        self._packed: list[weakref.ref[Packed]] = []
+        self._packed: list[weakref.ref[RunSaved]] = []
         self._places: Counter[str] = Counter()
         self._outside: dict[torch.device | None, Any] = {}
         self.inside = False

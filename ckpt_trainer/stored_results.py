@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointError
 
-from ckpt_trainer.block_state import _random_state, _same_state, _set_random_state
+from ckpt_trainer.block_state import random_state, same_state, set_random_state
 from ckpt_trainer.chosen_ops import ChosenOps, Key, Rule, between_devices, never
-from ckpt_trainer.memory import _storages
+from ckpt_trainer.memory import storages_of
 from ckpt_trainer.ops import (
     device_drawn_from,
     kind_of,
@@ -113,7 +113,7 @@ class StoredCall:
     def bytes(self) -> int:
         """Bytes of the distinct storages held now."""
         tensors = (tensor for result in self._results.values() for tensor in tensors_in(result.value))
-        return sum({storage._cdata: storage.nbytes() for tensor in tensors for storage in _storages(tensor)}.values())
+        return sum({storage._cdata: storage.nbytes() for tensor in tensors for storage in storages_of(tensor)}.values())
 
     @property
     def devices_drawn_from(self) -> set[torch.device]:
@@ -137,7 +137,7 @@ class StoredCall:
         """Run an op of the forward and store its result if its rule wants it."""
         self._asked.add(key)
         device = device_drawn_from(op, args, kwargs)
-        before = None if device is None else _random_state(device)
+        before = None if device is None else random_state(device)
         out = op(*args, **kwargs)
         if not rule(self.block.chosen, key, args, out) or key in self.block.not_kept:
             return out
@@ -145,20 +145,20 @@ class StoredCall:
             return out
         random = None
         if device is not None:
-            after = _random_state(device)
-            random = None if _same_state(before, after) else (device, after)
+            after = random_state(device)
+            random = None if same_state(before, after) else (device, after)
         value = _alias(out)
         self._keep(key, _Result(value, _versions(value), _shapes(args), random))
         return out
 
     def _keep(self, key: Key, result: _Result) -> None:
         self._results[key] = result
-        for storage in (storage for tensor in tensors_in(result.value) for storage in _storages(tensor)):
+        for storage in (storage for tensor in tensors_in(result.value) for storage in storages_of(tensor)):
             self._owners.setdefault(storage._cdata, set()).add(key)
 
     def _owned(self, value: Any) -> list[tuple[Key, _Result]]:
         """What is stored in the memory of these tensors."""
-        addresses = [storage._cdata for tensor in tensors_in(value) for storage in _storages(tensor)]
+        addresses = [storage._cdata for tensor in tensors_in(value) for storage in storages_of(tensor)]
         keys = {key for address in addresses for key in self._owners.get(address, ())}
         return [(key, self._results[key]) for key in keys if key in self._results]
 
@@ -208,7 +208,7 @@ class StoredCall:
                 'copy, or do not store it: checkpointing_modules={"<its name>": "full"}.'
             )
         if result.random is not None:
-            _set_random_state(*result.random)
+            set_random_state(*result.random)
         if not replay.keeps:
             del self._results[key]
             return result.value
@@ -304,7 +304,7 @@ class _Reusing(_Around):  # type: ignore[no-untyped-call]
         self.reached: set[Key] = set()
         self.strayed = False
         self.keeps = _graph_is_kept()
-        self._states = [(device, _random_state(device)) for device in self._call.devices_drawn_from]
+        self._states = [(device, random_state(device)) for device in self._call.devices_drawn_from]
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -322,7 +322,7 @@ class _Reusing(_Around):  # type: ignore[no-untyped-call]
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         # Where nobody else puts the generators back, numbers would be drawn twice.
         for device, state in self._states:
-            _set_random_state(device, state)
+            set_random_state(device, state)
         ended = kind is None or kind.__name__ == "_StopRecomputationError"
         if ended and not self.strayed:
             self._call.learn(self.reached)
