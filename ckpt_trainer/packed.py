@@ -71,8 +71,6 @@ class Rebuilt:
         self.strides: tuple[int, ...] | None = None
         self.uses = self.left = 0
         self.value: Tensor | None = None
-        for packed in inputs:
-            packed.use()
 
     @property
     def is_rebuilt(self) -> bool:
@@ -84,6 +82,10 @@ class Rebuilt:
         return True  # what it is made from is checked when it is made
 
     def use(self) -> None:
+        """Count one more who will ask for the tensor; before the first, it asks nothing of its inputs either."""
+        if not self.uses:
+            for packed in self.inputs:
+                packed.use()
         self.uses += 1
         self.left += 1
 
