@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -141,18 +148,29 @@ def time_steps(trainers: Sequence[Trainer], batch: Batch, rounds: int, num_warmu
     Returns:
         For each trainer its `rounds` times, in order.
     """
-    seconds: list[list[float]] = [[] for _ in trainers]
+    steps = [partial(seconds_of, partial(run_step, trainer, batch)) for trainer in trainers]
+    return time_in_turns(steps, rounds, num_warmup)
+
+
+def time_in_turns(steps: Sequence[Callable[[], float]], rounds: int, num_warmup: int = 1) -> list[list[float]]:
+    """The same of steps that tell their own time."""
+    seconds: list[list[float]] = [[] for _ in steps]
     for number in range(-num_warmup, rounds):
         print(f"\r  timing steps, round {max(number, 0) + 1} of {rounds}", end="", flush=True)
-        for place in range(len(trainers)):
-            index = (place + number) % len(trainers)
-            start = _time_now()
-            run_step(trainers[index], batch)
-            taken = _time_now() - start
+        for place in range(len(steps)):
+            index = (place + number) % len(steps)
+            taken = steps[index]()
             if number >= 0:
                 seconds[index].append(taken)
     print()
     return seconds
+
+
+def seconds_of(step: Callable[[], Any]) -> float:
+    """How long a step takes; where there is no accelerator, of the processor's time."""
+    start = _time_now()
+    step()
+    return _time_now() - start
 
 
 def _time_now() -> float:
@@ -232,3 +250,25 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [[row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others))] for row in (header, *rows)]
     lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def circumstances(script: str) -> str:
+    """Machine, versions, date and command, as a markdown list; `script` from the root of the repository."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
+    lines = (
+        f"machine: {device_name()}, {torch.get_num_threads()} thread(s) used",
+        f"versions: Python {platform.python_version()}, {packages}",
+        f"date: {date.today()}",
+        f"command: `{shlex.join(['python', script, *sys.argv[1:]])}`",
+    )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def device_name() -> str:
+    """The accelerator, else the processor and its number of cores."""
+    if torch.accelerator.is_available():
+        return str(torch.get_device_module().get_device_name())
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {len(models) or '?'} cores"

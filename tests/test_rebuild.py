@@ -329,8 +329,8 @@ def test_what_is_refused_does_not_wait_for_values(monkeypatch):
     monkeypatch.setitem(rebuild_rules.RULES, "NegBackward0", rebuild_rules.Rule(torch.abs))
     rebuilding, hidden = Rebuilding([]), inputs()
     for _ in range(2):
-        out = rebuilding.run(lambda a: (-(b := F.silu(a.cumsum(0)))).pow(2) + b.pow(2), (hidden,), {})
-        refused, rebuilt = (node._raw_saved_self.data for node, _ in out.grad_fn.next_functions)
+        out = rebuilding.run(lambda a: (b := F.silu(a.cumsum(0))).pow(2) + (-b).pow(2), (hidden,), {})
+        rebuilt, refused = (node._raw_saved_self.data for node, _ in out.grad_fn.next_functions)
         assert isinstance(refused, Held)
         assert isinstance(rebuilt, Rebuilt)
         torch.autograd.grad(out.sum(), hidden, retain_graph=True)
