@@ -28,9 +28,7 @@ class Held:
         self.version = tensor._version
         self.signature = hash((tensor.dtype, tensor.is_contiguous()))
 
-    @property
-    def is_rebuilt(self) -> bool:
-        return False
+    is_rebuilt = False
 
     @property
     def is_valid(self) -> bool:
@@ -59,23 +57,25 @@ class Rebuilt:
     Args:
         name: Of the op, for what must be told apart.
         function: Gives the tensor from those of `inputs` and `arguments`.
+
+    Attributes:
+        is_rebuilt: Whether an op has to run; a view of what is stored takes none.
     """
 
-    __slots__ = ("__weakref__", "arguments", "function", "inputs", "left", "signature", "strides", "uses", "value")
+    __slots__ = (
+        *("__weakref__", "arguments", "function", "inputs", "is_rebuilt", "left"),
+        *("signature", "strides", "uses", "value"),
+    )
 
     def __init__(self, name: str, function: Any, inputs: tuple[Packed, ...], arguments: tuple[Any, ...] = ()) -> None:
         self.function = function
         self.inputs = inputs
         self.arguments = arguments
+        self.is_rebuilt: bool = function is not as_view or inputs[0].is_rebuilt
         self.signature: int = hash((name, *(packed.signature for packed in inputs)))
         self.strides: tuple[int, ...] | None = None
         self.uses = self.left = 0
         self.value: Tensor | None = None
-
-    @property
-    def is_rebuilt(self) -> bool:
-        """Whether an op has to run; a view of what is stored takes none."""
-        return self.function is not as_view or self.inputs[0].is_rebuilt
 
     @property
     def is_valid(self) -> bool:
@@ -133,6 +133,8 @@ Packed = Held | Rebuilt
 
 def unpack(packed: Packed) -> Tensor:
     """The hook that gives autograd the tensor."""
+    if not packed.is_rebuilt:
+        return packed.get()  # as it is: no op to keep from being recorded or cast
     with torch.no_grad(), torch._C._DisableAutocast():
         return packed.get()
 
