@@ -100,6 +100,8 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _is_composite(func: Any, args: Any) -> bool:
     # In inference mode an op that is made of others, and of nothing else on this device, arrives whole, with its
     # matmuls inside. Its own C++ composition is what would run anyway.
+    if func.namespace == "prim":
+        return False  # what a tensor without data is asked for, and no kernel is registered for
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if not has_kernel(func.name(), torch._C.DispatchKey.CompositeImplicitAutograd):
         return False

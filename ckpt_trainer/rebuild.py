@@ -82,7 +82,7 @@ class Rebuilding:
 
     def _packed(self, tensor: Tensor) -> Packed:
         node = tensor.grad_fn
-        if node is None or type(tensor) is not Tensor:
+        if node is None or type(tensor) not in (Tensor, FakeTensor):
             return Held(tensor)
         output = tensor.output_nr
         packed = known(node, output)

@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -28,7 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ckpt_trainer.blocks import find_blocks
 from ckpt_trainer.flops import FlopCounter
-from ckpt_trainer.memory import LiveBytes, SavedBytes, current_bytes, peak_bytes, reset_peak
+from ckpt_trainer.memory import LiveBytes, current_bytes, peak_bytes, reset_peak
 
 MIB = 2**20
 Batch = dict[str, Tensor]
@@ -110,13 +111,13 @@ def count_peak_bytes(trainer: Trainer, batch: Batch) -> int:
 
 
 def count_saved_bytes(trainer: Trainer, batch: Batch) -> int:
-    """Bytes that autograd holds for backward at the end of forward, the model's own tensors excluded.
-
-    Not seen is what a checkpoint keeps elsewhere: that of HF, the position embeddings, which are small.
-    """
-    held: list[int] = []
-    with SavedBytes(trainer.model) as saved:
-        hook = trainer.model.register_forward_hook(lambda *_: held.append(saved.bytes))
+    """Bytes that the end of forward leaves for backward: what autograd holds, and what checkpoints keep beside it."""
+    trainer.model.zero_grad()
+    device = trainer.args.device
+    before, held = current_bytes(device), []
+    with LiveBytes() if before is None else nullcontext() as live:
+        read = (lambda: live.current) if live else lambda: (current_bytes(device) or 0) - (before or 0)
+        hook = trainer.model.register_forward_hook(lambda *_: held.append(read()))
         run_step(trainer, batch)
     hook.remove()
     return held[0]

@@ -45,6 +45,8 @@ RUNS: dict[str, tuple[tuple[type[Trainer], type[TrainingArguments]], dict[str, A
     "Trainer": (HF, {}),
     "Trainer, HF checkpointing": (HF, {HF_SWITCH: True}),
     "ours: none": (OURS, {"checkpointing_mode": "none"}),
+    "ours: selective": (OURS, {"checkpointing_mode": "selective"}),
+    "ours: selective, attention": (OURS, {"checkpointing_mode": "selective", "checkpointing_save": "attention"}),
     "ours: full": (OURS, {"checkpointing_mode": "full"}),
     "ours: full, every_n=2": (OURS, {"checkpointing_mode": "full", "checkpointing_every_n": 2}),
 }

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import sys
 import tempfile
 import tracemalloc
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -29,7 +26,7 @@ from ckpt_trainer import CheckpointingMixin, CheckpointTrainingArguments
 from ckpt_trainer.memory import LiveBytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from measure import Batch, make_repeatable, markdown_table, run_step, time_steps, train
+from measure import Batch, circumstances, make_repeatable, markdown_table, run_step, time_steps, train
 from quickstart import HF, HF_SWITCH, OURS, small_llama, text_rows
 
 
@@ -149,7 +146,7 @@ def main() -> None:
     options = read_options()
     make_repeatable()
     tables = [compare_times(options.rounds), compare_allocations(num_steps=10)]
-    report = f"{circumstances()}\n\n" + "\n\n".join(tables) + "\n"
+    report = f"{circumstances('examples/benchmarks/overhead.py')}\n\n" + "\n\n".join(tables) + "\n"
     print(f"\n{report}")
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -167,24 +164,6 @@ ran one after the other; the quartiles say how much such ratios vary. Times are 
 thread, since the machine did other work too. How much a median means is told by the lines `Trainer / Trainer`, two copies
 of the same thing: a ratio no farther from 1 than theirs is noise. Bytes are counted. Those of tensors are exact; the
 growth of Python memory is that of objects replaced since the count began, alike in both."""
-
-
-def circumstances() -> str:
-    """Machine, versions, date and command."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
-    machine = f"{device_name()}, {torch.get_num_threads()} thread(s) used"
-    command = " ".join(["python", "examples/benchmarks/overhead.py", *sys.argv[1:]])
-    lines = (f"machine: {machine}", f"versions: Python {platform.python_version()}, {packages}")
-    return "\n".join(f"- {line}" for line in (*lines, f"date: {date.today()}", f"command: `{command}`"))
-
-
-def device_name() -> str:
-    if torch.accelerator.is_available():
-        return torch.get_device_module().get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {len(models) or '?'} cores"
 
 
 def read_options() -> argparse.Namespace:
