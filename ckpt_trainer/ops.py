@@ -223,7 +223,9 @@ def device_drawn_from(op: Any, args: Any, kwargs: Any) -> torch.device | None:
     for leaf in tree_iter((args, kwargs)):
         if isinstance(leaf, Tensor):
             return None if isinstance(leaf, FakeTensor) or leaf.device.type == "meta" else leaf.device
-    return None
+    # One that makes a tensor of nothing, such as `rand`; a dispatch mode is told the device.
+    device = torch.device(kwargs.get("device") or "cpu")
+    return None if device.type == "meta" else device
 
 
 def returns_argument(op: Any, args: Any, kwargs: Any, out: Any) -> bool:

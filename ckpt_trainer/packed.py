@@ -18,17 +18,21 @@ _KEY = "ckpt_trainer"
 
 
 class Held:
-    """A tensor stored in the graph as it is."""
+    """A tensor stored in the graph as it is, unless it turns out later that it can be rebuilt (`give_way`)."""
 
-    __slots__ = ("__weakref__", "signature", "tensor", "version")
+    __slots__ = ("__weakref__", "_instead", "signature", "tensor", "uses", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because the result of an op that saves it would else hold the op that holds it.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = tensor._version
         self.signature = hash((tensor.dtype, tensor.is_contiguous()))
+        self.uses = 0
+        self._instead: Rebuilt | None = None
 
-    is_rebuilt = False
+    @property
+    def is_rebuilt(self) -> bool:
+        return self._instead is not None
 
     @property
     def is_valid(self) -> bool:
@@ -36,12 +40,24 @@ class Held:
         return self.tensor._version == self.version
 
     def use(self) -> None:
-        pass
+        self.uses += 1
+        if self._instead is not None:
+            self._instead.use()
+
+    def give_way(self, rebuilt: Rebuilt) -> None:
+        """Let what makes the tensor again stand for it from now on."""
+        for _ in range(self.uses):
+            rebuilt.use()
+        self._instead = rebuilt
+        self.tensor = self.tensor.new_empty(0)
+        self.version = self.tensor._version
 
     def peek(self) -> Tensor:
-        return self.tensor
+        return self.tensor if self._instead is None else self._instead.peek()
 
     def get(self) -> Tensor:
+        if self._instead is not None:
+            return self._instead.get()
         if not self.is_valid:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -57,29 +73,23 @@ class Rebuilt:
     Args:
         name: Of the op, for what must be told apart.
         function: Gives the tensor from those of `inputs` and `arguments`.
-
-    Attributes:
-        is_rebuilt: Whether an op has to run; a view of what is stored takes none.
     """
 
-    __slots__ = (
-        *("__weakref__", "arguments", "function", "inputs", "is_rebuilt", "left"),
-        *("signature", "strides", "uses", "value"),
-    )
+    __slots__ = ("__weakref__", "arguments", "function", "inputs", "left", "signature", "strides", "uses", "value")
 
     def __init__(self, name: str, function: Any, inputs: tuple[Packed, ...], arguments: tuple[Any, ...] = ()) -> None:
         self.function = function
         self.inputs = inputs
         self.arguments = arguments
-        self.is_rebuilt: bool = function is not as_view or inputs[0].is_rebuilt
         self.signature: int = hash((name, *(packed.signature for packed in inputs)))
         self.strides: tuple[int, ...] | None = None
         self.uses = self.left = 0
         self.value: Tensor | None = None
 
     @property
-    def is_valid(self) -> bool:
-        return True  # what it is made from is checked when it is made
+    def is_rebuilt(self) -> bool:
+        """Whether an op has to run; a view of what is stored takes none."""
+        return self.function is not as_view or self.inputs[0].is_rebuilt
 
     def use(self) -> None:
         """Count one more who will ask for the tensor; before the first, it asks nothing of its inputs either."""
@@ -115,11 +125,8 @@ class _Nothing(Held):
     """What a node saved of an argument that was not given."""
 
     def __init__(self) -> None:
-        self.signature = 0
-
-    @property
-    def is_valid(self) -> bool:
-        return True
+        self.signature = self.uses = 0
+        self._instead = None
 
     def peek(self) -> Any:
         return None

@@ -27,6 +27,25 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LEAF = "torch::autograd::AccumulateGrad"
 
 
+class _Run:
+    """One run of one block.
+
+    Args:
+        leaves: Parameters and inputs.
+        given: What the inputs are packed as; known as long as this lives, so that a cast of an input is rebuilt from the
+            input instead of being copied.
+
+    Attributes:
+        versions: Those that the leaves had when it began.
+        results: (node, number, what stands for it) of results that their own op saved.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor], given: Sequence[Packed]) -> None:
+        self.versions = {leaf: leaf._version for leaf in leaves if leaf.is_leaf}
+        self.given = given
+        self.results: list[tuple[Node, int, Held]] = []
+
+
 class Rebuilding:
     """What the blocks of one model store and rebuild.
 
@@ -44,7 +63,7 @@ class Rebuilding:
         self.refused: set[str] = set()
         self._epsilons = {module.weight: eps for module in modules if (eps := _epsilon(module)) is not None}
         self._from_parameters = from_parameters
-        self._leaves: dict[Tensor, int] = {}  # of the block that runs, and their versions when it began
+        self._running = _Run((), ())
         self._same: dict[int, bool] = {}
 
     def run(
@@ -64,15 +83,16 @@ class Rebuilding:
         """
         if not AVAILABLE:
             return forward(*args, **kwargs)
-        # Known from here on, so that a cast of an input is rebuilt from the input instead of being copied.
-        inputs = [(value, self._packed(value)) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        outer, self._leaves = self._leaves, {leaf: leaf._version for leaf in parameters}
-        self._leaves |= {value: value._version for value, _ in inputs if value.is_leaf}
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        outer, self._running = self._running, _Run((*parameters, *inputs), [self._packed(value) for value in inputs])
         try:
             with saved_tensors_hooks(self._pack, unpack):
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+            for node, number, held in self._running.results:
+                self._try_again(node, number, held)
         finally:
-            self._leaves = outer
+            self._running = outer
+        return output
 
     def _pack(self, tensor: Tensor) -> Packed:
         packed = self._packed(tensor)
@@ -88,9 +108,19 @@ class Rebuilding:
         packed = known(node, output)
         if packed is not None and self._stands_for(packed, tensor, node):
             return packed
-        packed = self._found(tensor, node, output) or Held(tensor)
+        packed = self._found(tensor, node, output)
+        if packed is None:
+            packed = Held(tensor)
+            if hasattr(node, "_raw_saved_result") and tensor.nbytes >= _SMALL_BYTES:
+                self._running.results.append((node, output, packed))
         remember(node, output, packed)
         return packed
+
+    def _try_again(self, node: Node, output: int, held: Held) -> None:
+        """Rebuild the result of an op that saved it before another op saved what it is made of, as `x * sigmoid(x)`."""
+        packed = self._made(node, output, _LONGEST_CHAIN)
+        if packed is not None and held.is_valid and self._stands_for(packed, held.tensor, node):
+            held.give_way(packed)
 
     def _found(self, tensor: Tensor, node: Node, output: int) -> Packed | None:
         if tensor._is_view():
@@ -110,6 +140,8 @@ class Rebuilding:
         base = tensor._base
         if base is None or base.grad_fn is None:
             return None  # of a parameter or a constant: nothing is stored for it
+        if base.dtype != tensor.dtype or tensor.is_conj() or tensor.is_neg():
+            return None  # more than another geometry
         geometry = (tensor.size(), tensor.stride(), tensor.storage_offset() - base.storage_offset())
         return Rebuilt("view", as_view, (self._packed(base),), geometry)
 
@@ -143,17 +175,27 @@ class Rebuilding:
     def _result(self, node: Node, output: int, longest: int) -> Packed | None:
         """What gives a result of a node, if that is stored or can be rebuilt from what is; else None."""
         packed = known(node, output)
-        if packed is not None:
-            return packed if packed.is_valid else None
+        if packed is None:
+            packed = self._made(node, output, longest)
+            if packed is not None:
+                remember(node, output, packed)
+        elif isinstance(packed, Held) and not self._is_as_made(packed):
+            return None
+        return packed
+
+    def _is_as_made(self, held: Held) -> bool:
+        # What was written may have been stored before or after the op read it that is to be rebuilt. What the block was
+        # given, and is as it was then, was there before all ops of the block.
+        return held.is_valid and (held.version == 0 or held in self._running.given)
+
+    def _made(self, node: Node, output: int, longest: int) -> Rebuilt | None:
         rule = RULES.get(node.name()) or norm_rule(node, self._epsilon_of)
         if rule is None or longest == 0:
             return None
         inputs = self._inputs(rule, node, longest - 1)
         if inputs is None or not (self._from_parameters or _without_parameters(inputs)):
             return None
-        packed = Rebuilt(node.name(), rule.function, tuple(inputs), rule.arguments(node, output))
-        remember(node, output, packed)
-        return packed
+        return Rebuilt(node.name(), rule.function, tuple(inputs), rule.arguments(node, output))
 
     def _inputs(self, rule: Rule, node: Node, longest: int) -> list[Packed] | None:
         inputs = []
@@ -179,7 +221,7 @@ class Rebuilding:
             return self._result(before, output, longest)
         # Not if it was written since the block began: the op may have used it before or after.
         leaf: Tensor = before.variable
-        return Held(leaf) if self._leaves.get(leaf) == leaf._version else None
+        return Held(leaf) if self._running.versions.get(leaf) == leaf._version else None
 
     def _epsilon_of(self, node: Node) -> float | None:
         weight = saved_by(node, "weight")

@@ -565,3 +565,48 @@ def test_two_passes_before_a_backward():
         torch.autograd.grad(out.sum(), hidden)[0] for out, hidden in reversed([*zip(outs, (one, other), strict=True)])
     ]
     assert equal(ours[::-1], theirs)
+
+
+def test_views_that_are_more_than_a_geometry():
+    rebuilding, hidden = Rebuilding([]), inputs()
+
+    def forward(a):
+        whole = torch.view_as_complex(F.silu(a.cumsum(0)).view(ROWS, -1, 2))
+        turned = whole * whole.conj() * torch.polar(torch.ones(()), torch.ones(()))
+        return torch.view_as_real(turned).square().sum() + (turned.imag * turned.conj().imag).sum()
+
+    ours = torch.autograd.grad(rebuilding.run(forward, (hidden,), {}), hidden)
+    assert equal(ours, torch.autograd.grad(forward(hidden), hidden))
+
+
+def test_result_that_is_saved_before_what_it_is_made_of():
+    """As in CLIP: sigmoid saves its result, and only then the product saves the input."""
+    rebuilding, hidden = Rebuilding([]), inputs()
+
+    def forward(a):
+        b = a.cumsum(0)
+        return (b * torch.sigmoid(1.702 * b)).pow(2)
+
+    assert stored_bytes(nn.Identity(), hidden, lambda f, args, kw: rebuilding.run(forward, args, kw)) == BYTES
+    out = rebuilding.run(forward, (hidden,), {})
+    theirs = torch.autograd.grad(forward(hidden).sum(), hidden)
+    for _ in range(2):
+        assert equal(torch.autograd.grad(out.sum(), hidden, retain_graph=True), theirs)
+
+
+def test_input_that_was_written_meanwhile_is_not_read():
+    """Of what was written without autograd's knowledge, nobody can tell whether an op read it before or after."""
+    rebuilding, hidden = Rebuilding([]), inputs()
+
+    def forward(a, change, late):
+        b = a.cumsum(0)
+        c = torch.sigmoid(b) if late else b * 2
+        if change:
+            with torch.no_grad():
+                b.mul_(3)
+        return b.pow(2) * c.pow(2)
+
+    for late in (False, True):
+        for change in (False, True):
+            ours = torch.autograd.grad(rebuilding.run(forward, (hidden, change, late), {}).sum(), hidden)
+            assert equal(ours, torch.autograd.grad(forward(hidden, change, late).sum(), hidden))
