@@ -76,6 +76,11 @@ class Checkpointing:
         self._find_input_hooks()
         warnings = list(self._warnings())
         self._carry_out()
+        if self.plan.count("selective") and is_compiled(model):
+            warnings.append(
+                "the model is compiled, so that the compiler chooses what is stored: mode selective does nothing, and "
+                "names in checkpointing_save are not looked at."
+            )
         for warning in warnings:
             self._say(logging.WARNING, warning)
 
@@ -106,7 +111,9 @@ class Checkpointing:
 
     def _warnings(self) -> Iterator[str]:
         if not self.blocks and self.settings.mode != "none":
-            groups = ", ".join(f"{name} ({num})" for name, num in largest_groups(self.model)) or "none"
+            groups = (
+                ", ".join(f"{name or 'the model itself'} ({num})" for name, num in largest_groups(self.model)) or "none"
+            )
             what = f"found no repeated blocks in {type(self.model).__name__}, so nothing can be recomputed."
             hint = f"Largest groups of children: {groups}."
             if self.settings.named:
@@ -210,12 +217,15 @@ class Checkpointing:
 
 def _is_eager(model: nn.Module) -> bool:
     """Whether ops run one by one: not where they are compiled, by the user or within flex attention."""
-    return not any(
-        hasattr(module, "_orig_mod")
-        or module._compiled_call_impl is not None
-        or "flex" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+    return not is_compiled(model) and not any(
+        "flex" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
         for module in model.modules()
     )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or any part of it goes through torch.compile."""
+    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
 
 
 @contextmanager

@@ -69,7 +69,8 @@ class Installed:
     def unmatched(self) -> list[str]:
         """Names of ops and modules to be stored that meant nothing, in the blocks that ran."""
         ran = [selection for selection in self.stored.values() if selection.has_run]
-        matched = {entry for selection in ran for entry in selection.matched}
+        # Of modules it is known before they run, and some blocks may never do so with a graph.
+        matched = {entry for selection in self.stored.values() for entry in selection.matched}
         asked = dict.fromkeys(entry for selection in ran for entry in selection.save if entry not in WORDS)
         return [entry for entry in asked if entry not in matched]
 

@@ -94,8 +94,12 @@ def matches_op(entry: str, op: Any) -> bool:
 
 def nearest_names(entry: str, names: list[str]) -> list[str]:
     """Up to three of the names that look most like an entry that matched nothing, best first."""
-    bare = re.sub(r"^aten(\.|::)|\.default$|[*?]", "", entry)
-    return get_close_matches(bare, sorted(set(names)), n=3, cutoff=0.5)
+    bare = re.sub(r"^(aten|torch)(\.|::)|\.default$|[*?]", "", entry)
+    if _ATTENTION_WORD.search(bare):
+        return ["attention"]
+    if _MATMUL_WORD.search(bare):
+        return ["matmul"]
+    return get_close_matches(bare, sorted(set(names)), n=3, cutoff=0.7)
 
 
 @cache

@@ -169,5 +169,5 @@ def _found(blocks: Sequence[Block]) -> str:
 
 
 def _nearest(name: str, there: Sequence[str]) -> str:
-    near = get_close_matches(name, there, n=1)
+    near = get_close_matches(name, [other for other in there if other != name], n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -61,7 +61,9 @@ class Rebuilding:
     def __init__(self, modules: Iterable[nn.Module], from_parameters: bool = True) -> None:
         self.tensors = 0
         self.refused: set[str] = set()
-        self._epsilons = {module.weight: eps for module in modules if (eps := _epsilon(module)) is not None}
+        self._epsilons: dict[Tensor | None, float] = {
+            module._parameters["weight"]: eps for module in modules if (eps := _epsilon(module)) is not None
+        }
         self._from_parameters = from_parameters
         self._running = _Run((), ())
         self._same: dict[int, bool] = {}
@@ -234,9 +236,10 @@ def _without_parameters(inputs: Sequence[Packed]) -> bool:
 
 def _epsilon(module: nn.Module) -> float | None:
     """The epsilon of a normalisation with a weight; None for other modules."""
-    if not isinstance(getattr(module, "weight", None), Tensor):
+    # Not by getattr: reading a weight with a parametrization (spectral norm) computes it, and takes a step.
+    if module._parameters.get("weight") is None:
         return None
-    found = (getattr(module, name, None) for name in ("eps", "variance_epsilon", "epsilon"))
+    found = (vars(module).get(name) for name in ("eps", "variance_epsilon", "epsilon"))
     return next((value for value in found if isinstance(value, float)), None)
 
 

@@ -104,6 +104,10 @@ class Rebuildable:
         if not torch.is_grad_enabled():
             self.tally.calls["no grad"] += 1
             return forward(*args, **kwargs)
+        leaves = (*self.parameters, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        if not any(leaf.requires_grad for leaf in leaves):
+            self.tally.calls["no graph"] += 1
+            return forward(*args, **kwargs)
         self.tally.calls["rebuild"] += 1
         return self.rebuilding.run(forward, args, kwargs, self.parameters)
 

@@ -17,7 +17,7 @@ from ckpt_trainer import memory
 from ckpt_trainer.blocks import Block
 from ckpt_trainer.install import Selection
 from ckpt_trainer.ops import nearest_names
-from ckpt_trainer.plan import FROZEN, TIERS, Action, Plan, Settings
+from ckpt_trainer.plan import FROZEN, Action, Plan, Settings
 from ckpt_trainer.rebuild import AVAILABLE, Rebuilding
 from ckpt_trainer.recompute import Tally
 
@@ -196,11 +196,12 @@ def explain_no_effect(tally: Tally, planned: Sequence[Block]) -> list[str]:
 
 
 def explain_unmatched(names: Sequence[str], ops: Mapping[str, int], modules: Sequence[str]) -> str:
-    """Names in `checkpointing_save` that no op and no module of the first step had."""
+    """Names of what to store that no op and no module of the first step had."""
     near = {name: difflib.get_close_matches(name, modules, n=1) or nearest_names(name, list(ops)) for name in names}
     hint = "".join(f" Did you mean {found[0]!r} for {name!r}?" for name, found in near.items() if found)
     return (
-        f"checkpointing_save names {', '.join(map(repr, names))}, which matched nothing in the first step.{hint}\n"
+        f"selective is to store {', '.join(map(repr, names))} (checkpointing_save, or after the colon in "
+        f"checkpointing_modules, a plan or a policy), which matched nothing in the first step.{hint}\n"
         f"Ops that ran: {', '.join(f'{op} ({n})' for op, n in ops.items()) or 'not looked at'}.\n"
         f"Modules of a block: {', '.join(modules)}."
     )
@@ -210,10 +211,9 @@ def explain_selection(stored: Mapping[str, Selection], rebuilding: Rebuilding, t
     """Where what was to be stored or rebuilt selectively was not; empty if all is well."""
     found = []
     ran = [selection for selection in stored.values() if selection.has_run]
-    for word in dict.fromkeys(entry for selection in ran for entry in selection.save if entry in TIERS):
-        asked = [selection for selection in ran if word in selection.save]
-        if not any(word in selection.matched for selection in asked):
-            found.append(f"selective:{word}: no such op ran in {len(asked)} blocks, which are recomputed as a whole.")
+    for save, number in Counter(tuple(selection.save) for selection in ran if not selection.matched).items():
+        names = ",".join(save)
+        found.append(f"selective:{names}: nothing of the kind ran in {number} blocks, which are recomputed as a whole.")
     not_stored = dict.fromkeys(why for selection in ran for why in selection.not_stored)
     found += [f"selective: {why}." for why in list(not_stored)[:_SHOWN_REASONS]]
     if not AVAILABLE and tally.calls["rebuild"]:

@@ -392,7 +392,10 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="(default: float32 bfloat16)")
     parser.add_argument("--overhead-rounds", type=int, default=200, help="rounds on the tiny model (default: 200)")
     parser.add_argument("--output", type=Path, help="markdown file to write; the picture goes beside it")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if min(options.rounds, options.overhead_rounds) < 2:
+        parser.error("quartiles need 2 rounds or more")
+    return options
 
 
 if __name__ == "__main__":

@@ -39,7 +39,11 @@ def build(options: Namespace, dtype: torch.dtype, device: torch.device | None = 
 def configuration(options: Namespace) -> Any:
     """A configuration of transformers by the name of its class; sizes that it has not are left out."""
     hidden = options.hidden
-    config_class = getattr(transformers, f"{options.model.removesuffix('Config')}Config")
+    config_class = getattr(transformers, f"{options.model.removesuffix('Config')}Config", None)
+    if config_class is None:
+        raise SystemExit(
+            f"--model {options.model}: transformers has no {options.model}Config. Try Llama, Qwen3 or GPT2."
+        )
     sizes = {
         "vocab_size": 8192,
         "hidden_size": hidden,
