@@ -71,17 +71,17 @@ class Rebuilt:
     """A tensor made again when backward asks for it: once for all who ask, and dropped after the last of them.
 
     Args:
-        name: Of the op, for what must be told apart.
+        kind: What tells ways of making a tensor apart, with those of the inputs.
         function: Gives the tensor from those of `inputs` and `arguments`.
     """
 
     __slots__ = ("__weakref__", "arguments", "function", "inputs", "left", "signature", "strides", "uses", "value")
 
-    def __init__(self, name: str, function: Any, inputs: tuple[Packed, ...], arguments: tuple[Any, ...] = ()) -> None:
+    def __init__(self, kind: Any, function: Any, inputs: tuple[Packed, ...], arguments: tuple[Any, ...] = ()) -> None:
         self.function = function
         self.inputs = inputs
         self.arguments = arguments
-        self.signature: int = hash((name, *(packed.signature for packed in inputs)))
+        self.signature: int = hash((kind, *(packed.signature for packed in inputs)))
         self.strides: tuple[int, ...] | None = None
         self.uses = self.left = 0
         self.value: Tensor | None = None

@@ -7,6 +7,7 @@ dispatch mode and no random number; what a saved tensor needs is owned by what s
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ckpt_trainer.log import logger
 from ckpt_trainer.packed import Held, Packed, Rebuilt, as_view, known, packed_of, remember, saved_by, unpack
-from ckpt_trainer.rebuild_rules import RULES, Node, Rule, dtype_of, norm_rule, shape_of
+from ckpt_trainer.rebuild_rules import NORMS, RULES, Node, Rule, dtype_of, norm_rule, shape_of
 
 # Below this a tensor is not worth the time of its rebuilding.
 _SMALL_BYTES = 1024
@@ -38,12 +39,21 @@ class _Run:
     Attributes:
         versions: Those that the leaves had when it began.
         results: (node, number, what stands for it) of results that their own op saved.
+        norms: (weight, node) of the normalisations looked at.
     """
 
     def __init__(self, leaves: Sequence[Tensor], given: Sequence[Packed]) -> None:
         self.versions = {leaf: leaf._version for leaf in leaves if leaf.is_leaf}
         self.given = given
         self.results: list[tuple[Node, int, Held]] = []
+        self.norms: list[tuple[Tensor, Node]] = []
+
+
+class _Here(threading.local):
+    """The run that this thread is in."""
+
+    def __init__(self) -> None:
+        self.run = _Run((), ())
 
 
 class Rebuilding:
@@ -61,11 +71,14 @@ class Rebuilding:
     def __init__(self, modules: Iterable[nn.Module], from_parameters: bool = True) -> None:
         self.tensors = 0
         self.refused: set[str] = set()
-        self._epsilons: dict[Tensor | None, float] = {
-            module._parameters["weight"]: eps for module in modules if (eps := _epsilon(module)) is not None
-        }
+        self._epsilons: dict[Tensor | None, float | None] = {}
+        for module in modules:
+            if (epsilon := _epsilon(module)) is not None:
+                weight = module._parameters["weight"]
+                # None where modules that share a weight disagree.
+                self._epsilons[weight] = epsilon if self._epsilons.get(weight, epsilon) == epsilon else None
         self._from_parameters = from_parameters
-        self._running = _Run((), ())
+        self._here = _Here()
         self._same: dict[int, bool] = {}
 
     def run(
@@ -86,14 +99,14 @@ class Rebuilding:
         if not AVAILABLE:
             return forward(*args, **kwargs)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        outer, self._running = self._running, _Run((*parameters, *inputs), [self._packed(value) for value in inputs])
+        outer, self._here.run = self._here.run, _Run((*parameters, *inputs), [self._packed(value) for value in inputs])
         try:
             with saved_tensors_hooks(self._pack, unpack):
                 output = forward(*args, **kwargs)
-            for node, number, held in self._running.results:
+            for node, number, held in self._here.run.results:
                 self._try_again(node, number, held)
         finally:
-            self._running = outer
+            self._here.run = outer
         return output
 
     def _pack(self, tensor: Tensor) -> Packed:
@@ -114,20 +127,25 @@ class Rebuilding:
         if packed is None:
             packed = Held(tensor)
             if hasattr(node, "_raw_saved_result") and tensor.nbytes >= _SMALL_BYTES:
-                self._running.results.append((node, output, packed))
+                self._here.run.results.append((node, output, packed))
         remember(node, output, packed)
         return packed
 
     def _try_again(self, node: Node, output: int, held: Held) -> None:
         """Rebuild the result of an op that saved it before another op saved what it is made of, as `x * sigmoid(x)`."""
-        packed = self._made(node, output, _LONGEST_CHAIN)
+        try:
+            packed = self._made(node, output, _LONGEST_CHAIN)
+        except AttributeError as error:
+            self._refuse(node, str(error))
+            return
         if packed is not None and held.is_valid and self._stands_for(packed, held.tensor, node):
             held.give_way(packed)
 
     def _found(self, tensor: Tensor, node: Node, output: int) -> Packed | None:
         if tensor._is_view():
             return self._view(tensor)
-        if tensor.nbytes < _SMALL_BYTES:
+        # What was written in place may differ from what its node gave, and nobody looks again.
+        if tensor.nbytes < _SMALL_BYTES or tensor._version:
             return None
         try:
             packed = self._result(node, output, _LONGEST_CHAIN)
@@ -151,6 +169,8 @@ class Rebuilding:
         """Whether what is packed gives this tensor, looked at once for each way of making one."""
         if isinstance(packed, Held):
             return packed.is_valid
+        if tensor._version:
+            return False
         if packed.strides is None:
             packed.strides = tensor.stride()
         same = self._same.get(packed.signature)
@@ -188,7 +208,7 @@ class Rebuilding:
     def _is_as_made(self, held: Held) -> bool:
         # What was written may have been stored before or after the op read it that is to be rebuilt. What the block was
         # given, and is as it was then, was there before all ops of the block.
-        return held.is_valid and (held.version == 0 or held in self._running.given)
+        return held.is_valid and (held.version == 0 or held in self._here.run.given)
 
     def _made(self, node: Node, output: int, longest: int) -> Rebuilt | None:
         rule = RULES.get(node.name()) or norm_rule(node, self._epsilon_of)
@@ -197,7 +217,20 @@ class Rebuilding:
         inputs = self._inputs(rule, node, longest - 1)
         if inputs is None or not (self._from_parameters or _without_parameters(inputs)):
             return None
-        return Rebuilt(node.name(), rule.function, tuple(inputs), rule.arguments(node, output))
+        kind = (node.name(), dtype_of(node, output), node._input_metadata[output].device, self._which_norm(node))
+        return Rebuilt(kind, rule.function, tuple(inputs), rule.arguments(node, output))
+
+    def _which_norm(self, node: Node) -> Any:
+        """Of a normalisation, its weight and how often that was used before: each use may have another epsilon."""
+        if node.name() not in NORMS:
+            return None
+        weight = saved_by(node, "weight")
+        assert weight is not None
+        norms = self._here.run.norms
+        if not any(other is node for _, other in norms):
+            norms.append((weight.peek(), node))
+        nodes = [other for own, other in norms if own is weight.peek()]
+        return id(weight.peek()), nodes.index(node)
 
     def _inputs(self, rule: Rule, node: Node, longest: int) -> list[Packed] | None:
         inputs = []
@@ -223,7 +256,7 @@ class Rebuilding:
             return self._result(before, output, longest)
         # Not if it was written since the block began: the op may have used it before or after.
         leaf: Tensor = before.variable
-        return Held(leaf) if self._running.versions.get(leaf) == leaf._version else None
+        return Held(leaf) if self._here.run.versions.get(leaf) == leaf._version else None
 
     def _epsilon_of(self, node: Node) -> float | None:
         weight = saved_by(node, "weight")

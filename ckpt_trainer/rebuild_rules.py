@@ -6,7 +6,7 @@ tensors (matmul, attention, convolution, reductions) have no rule: their results
 
 NOTE on names. A node names what it saved `_saved_<argument>`, and of those that are tensors there is a
 `_raw_saved_<argument>`, which leads to what a pack hook gave for it. Both are semi-private to torch. Rules only read
-arguments that their op cannot do without; a rule whose names are not there (`missing_names`) is left out.
+arguments that their op cannot do without; where one is not there, the result is stored.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def _elu(a: Tensor, alpha: float, scale: float, input_scale: float) -> Tensor:
     return result
 
 
-def _cast(a: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.to(dtype)
+def _cast(a: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return a.to(device, dtype)
 
 
 def _dropped(a: Tensor, mask: Tensor, p: float) -> Tensor:
@@ -157,7 +157,7 @@ _POINTWISE = {
     "ClampMinBackward0": Rule(torch.clamp_min, ("self",), arguments=_read("min")),
     "ClampMaxBackward0": Rule(torch.clamp_max, ("self",), arguments=_read("max")),
     "GluBackward0": Rule(torch.nn.functional.glu, ("self",), arguments=_read("dim")),
-    "ToCopyBackward0": Rule(_cast, arguments=lambda node, output: (dtype_of(node),)),
+    "ToCopyBackward0": Rule(_cast, arguments=lambda node, output: (dtype_of(node), node._input_metadata[0].device)),
     "NativeDropoutBackward0": Rule(_dropped, constants=("result1",), arguments=_read("p")),
     "SoftmaxBackward0": Rule(_softmax, arguments=_and_dtype(_read("dim"))),
 }
@@ -194,12 +194,13 @@ _MOVING = {
 }
 
 RULES: dict[str, Rule] = _POINTWISE | _MOVING
+NORMS = ("NativeLayerNormBackward0", "FusedRmsNormBackward0")
 
 
 def norm_rule(node: Node, epsilon_of: Callable[[Node], float | None]) -> Rule | None:
     """A rule for one node of a normalisation, which does not save the epsilon it was called with."""
     name = node.name()
-    if name not in ("NativeLayerNormBackward0", "FusedRmsNormBackward0") or node._raw_saved_weight.data is None:
+    if name not in NORMS or node._raw_saved_weight.data is None:
         return None
     epsilon = epsilon_of(node)
     if epsilon is None:

@@ -49,7 +49,7 @@ def gradients(block, hidden, run=None):
 
 
 def equal(ours, theirs):
-    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    return all(a is b or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 class Counting(TorchDispatchMode):
@@ -610,3 +610,82 @@ def test_input_that_was_written_meanwhile_is_not_read():
         for change in (False, True):
             ours = torch.autograd.grad(rebuilding.run(forward, (hidden, change, late), {}).sum(), hidden)
             assert equal(ours, torch.autograd.grad(forward(hidden, change, late).sum(), hidden))
+
+
+def two_blocks(one, other, *leaves):
+    """Gradients of two functions that share one `Rebuilding`, the first of which vouches for nothing in the second."""
+    rebuilding, found = Rebuilding([m for leaf in leaves if isinstance(leaf, nn.Module) for m in leaf.modules()]), []
+    parameters = [p for leaf in leaves for p in (leaf.parameters() if isinstance(leaf, nn.Module) else [leaf])]
+    for run in (lambda f, a: f(*a), lambda f, a: rebuilding.run(f, a, {}, parameters)):
+        hidden = inputs(torch.bfloat16)
+        out = run(other, (run(one, (hidden,)).bfloat16(),))
+        found.append(torch.autograd.grad(out.float().square().sum(), [hidden, *parameters], allow_unused=True))
+    return found
+
+
+def test_one_norm_does_not_vouch_for_another():
+    norm, weight = nn.LayerNorm(WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def other(a):
+        return F.layer_norm(a.float(), (WIDTH,), norm.weight, norm.bias, 0.3) @ weight
+
+    both = two_blocks(lambda a: norm(a.float()) @ weight, lambda a: norm(a.float()) @ weight + other(a), norm, weight)
+    assert equal(*both)
+
+
+def test_norms_that_share_a_weight_and_differ_in_epsilon():
+    one, other = nn.LayerNorm(WIDTH, 1e-5), nn.LayerNorm(WIDTH, 0.5)
+    other.weight = one.weight
+    both = nn.ModuleList([one, other])
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    assert equal(*two_blocks(lambda a: one(a.float()) @ weight, lambda a: other(a.float()) @ weight, both, weight))
+
+
+def test_one_dtype_does_not_vouch_for_another():
+    factor, weight = torch.rand(WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def wide(a):
+        return ((a.sin() * factor) @ weight).to(torch.bfloat16)
+
+    def narrow(a):
+        b = a.sin().clone()
+        b.mul_(factor)
+        return b @ weight.bfloat16()
+
+    assert equal(*two_blocks(wide, narrow, weight))
+    assert equal(*two_blocks(narrow, wide, weight))
+
+
+def test_write_that_autograd_does_not_record_after_one_without():
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def product(a, writes):
+        b = a.sin() * a.cos()
+        with torch.no_grad():
+            if writes:
+                b.clamp_(-0.1, 0.1)
+        return (b * b) @ weight.bfloat16()
+
+    assert equal(*two_blocks(lambda a: product(a, False), lambda a: product(a, True), weight))
+
+
+def test_cast_that_was_written_is_not_narrowed():
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def block(a):
+        b = a.cumsum(0).float()
+        with torch.no_grad():
+            b.mul_(1 / 3)
+        return (b * b) @ weight
+
+    assert equal(*two_blocks(block, block, weight))
+
+
+def test_missing_names_of_results_are_no_error(monkeypatch):
+    rule = rebuild_rules.Rule(torch.tanh, arguments=rebuild_rules._read("renamed"))
+    monkeypatch.setitem(rebuild_rules.RULES, "TanhBackward0", rule)
+    rebuilding, hidden = Rebuilding([]), inputs()
+    out = rebuilding.run(lambda a: (b := a.cumsum(0)).tanh() * b, (hidden,), {})
+    b = hidden.cumsum(0)
+    assert equal(torch.autograd.grad(out.sum(), hidden), torch.autograd.grad((b.tanh() * b).sum(), hidden))
+    assert "TanhBackward0" in rebuilding.refused
