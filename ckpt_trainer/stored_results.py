@@ -143,6 +143,8 @@ class StoredCall:
             return out
         if returns_argument(op, args, kwargs, out) or kwargs.get("generator") is not None:
             return out
+        if any(tensor.is_inference() for tensor in tensors_in(out)):
+            return out  # it counts no versions, and nothing of it is saved for backward
         random = None
         if device is not None:
             after = random_state(device)

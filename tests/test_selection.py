@@ -234,3 +234,19 @@ def test_casts_of_weights_are_not_stored():
                 stored[mode] = live.current
         loss.backward()
     assert stored["none"] - stored["selective"] >= 4 * 256 * 256 * 2
+
+
+@pytest.mark.parametrize("save", ["expensive", "matmul", "attention"])
+def test_inference_mode_within_a_block(save):
+    class Looking(Block):
+        def forward(self, hidden):
+            with torch.inference_mode():
+                looked = self.one(hidden).abs().mean()
+            return super().forward(hidden) * float(looked)
+
+    gradients = []
+    for flags in ({"mode": "none"}, {"mode": "selective", "save": save}):
+        tower = Tower(Looking(), Looking())
+        run_tower(tower, **flags)
+        gradients.append([parameter.grad for parameter in tower.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
