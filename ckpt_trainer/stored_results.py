@@ -235,6 +235,7 @@ class _Around(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._call = call
         self._block = call.block
         self._plain = call.block.chosen.plain
+        self._seen: Counter[Any] | None = None  # counted in the first forward only
 
     def __enter__(self) -> Self:
         self._turns: Counter[int] = Counter()
@@ -245,6 +246,21 @@ class _Around(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def ignore_compile_internals(cls) -> bool:
         # What is compiled within a block (flex attention) stays compiled.
         return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._seen is not None:
+            self._seen[func] += 1
+        if func in self._plain:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        rule = self._block.chosen.rule(func)
+        if not self._is_chosen(rule, func, args, kwargs):
+            return self._run(func, args, kwargs)
+        return self._result(rule, func, args, kwargs)
+
+    def _result(self, rule: Rule, op: Any, args: Any, kwargs: Any) -> Any:
+        """What a chosen op gives: computed and maybe stored, or given back."""
+        raise NotImplementedError
 
     def _is_chosen(self, rule: Rule | None, op: Any, args: Any, kwargs: Any) -> TypeGuard[Rule]:
         if writes(op):
@@ -268,19 +284,11 @@ class _Storing(_Around):  # type: ignore[no-untyped-call]
     """The mode around a forward."""
 
     def __enter__(self) -> Self:
-        self._seen: Counter[Any] | None = None if self._block.watched else Counter()
+        self._seen = None if self._block.watched else Counter()
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._seen is not None:
-            self._seen[func] += 1
-        if func in self._plain:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        rule = self._block.chosen.rule(func)
-        if not self._is_chosen(rule, func, args, kwargs):
-            return self._run(func, args, kwargs)
-        return self._call.store(rule, func, self._key(func), args, kwargs)
+    def _result(self, rule: Rule, op: Any, args: Any, kwargs: Any) -> Any:
+        return self._call.store(rule, op, self._key(op), args, kwargs)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -309,14 +317,8 @@ class _Reusing(_Around):  # type: ignore[no-untyped-call]
         self._states = [(device, random_state(device)) for device in self._call.devices_drawn_from]
         return super().__enter__()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._plain:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        rule = self._block.chosen.rule(func)
-        if not self._is_chosen(rule, func, args, kwargs):
-            return self._run(func, args, kwargs)
-        return self._call.give_back(func, self._key(func), args, kwargs, self)
+    def _result(self, rule: Rule, op: Any, args: Any, kwargs: Any) -> Any:
+        return self._call.give_back(op, self._key(op), args, kwargs, self)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -393,11 +393,13 @@ def test_other_trainers_take_it(tmp_path, cls):
 
 
 def test_a_trainer_of_trl_takes_it(tmp_path):
-    trl = pytest.importorskip("trl")
+    import datasets
+    import trl
+
     cls = type("Mixed", (CheckpointingMixin, trl.SFTTrainer), {})
     assert list(inspect.signature(cls).parameters)[-1] == "checkpointing_policy"
     config = trl.SFTConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False)
-    rows = pytest.importorskip("datasets").Dataset.from_list([{"input_ids": [1, 2, 3]}] * 4)
+    rows = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}] * 4)
     from tiny_models import tokenizer
 
     trainer = cls(llama(3), config, train_dataset=rows, processing_class=tokenizer(), checkpointing_policy=third_of(3))

@@ -914,7 +914,8 @@ def qwen3_next(dropout=0.1):
 
 
 def lora():
-    peft = pytest.importorskip("peft")
+    import peft
+
     config = peft.LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     torch.manual_seed(0)
     return peft.get_peft_model(tiny_models.llama(2), config).train()
