@@ -17,8 +17,9 @@ from torch.utils.checkpoint import CheckpointError
 from ckpt_trainer import report
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
 from ckpt_trainer.first_pass import FirstPass
-from ckpt_trainer.install import Installed
+from ckpt_trainer.install import Installed, offloading_of
 from ckpt_trainer.log import logger
+from ckpt_trainer.offload import Offloading
 from ckpt_trainer.plan import Plan, Settings
 from ckpt_trainer.policies import BlockPolicy, make_plan
 from ckpt_trainer.prepare import (
@@ -33,6 +34,7 @@ from ckpt_trainer.prepare import (
     without_input_grad_hooks,
 )
 from ckpt_trainer.recompute import Tally
+from ckpt_trainer.streams import why_not
 from ckpt_trainer.training_args import settings_of_flags
 
 
@@ -67,6 +69,7 @@ class Checkpointing:
         self.recomputable_share: float | None = None
         self._concluded = False
         self._begun = False
+        self._offloading: Offloading | None = None
         self._use_cache = UseCache(model)
         self._log_from = log_from
         self._policy = policy
@@ -93,7 +96,9 @@ class Checkpointing:
     def _carry_out(self) -> None:
         self._trainable = [block.trainable for block in self.blocks]
         self.plan: Plan = make_plan(self.blocks, self.settings, self._policy)
-        self._installed = Installed(self.blocks, self.plan, self.settings, self.tally)
+        if self._offloading is None and self._moves:
+            self._offloading = offloading_of(self.settings)
+        self._installed = Installed(self.blocks, self.plan, self.settings, self.tally, self._offloading)
         if isinstance(self.model, nn.DataParallel) and self.plan.is_active:
             raise ValueError(
                 "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
@@ -102,6 +107,13 @@ class Checkpointing:
             )
         hooks, own = bool(self._needless_hooks), self._policy is not None
         self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings, hooks, own))
+        why = why_not(report.device_of(self.blocks[0].module)) if self._moves and self.blocks else None
+        if why:
+            self._say(logging.INFO, report.explain_nowhere(why, self.plan))
+
+    @property
+    def _moves(self) -> bool:
+        return any(action.place != "device" for action in self.plan.actions.values())
 
     @property
     def _cache_wanted(self) -> bool | None:
@@ -180,6 +192,9 @@ class Checkpointing:
             raise ValueError(report.explain_unmatched(unmatched, ops, ran[0].modules.names))
         notes = report.explain_no_effect(self.tally, self._planned)
         notes += report.explain_selection(installed.stored, installed.rebuilding, self.tally)
+        offload = self._offload_report()
+        if offload is not None and offload["devices"] and not offload["bytes_out"]:
+            notes.append(report.explain_nothing_moved(offload))
         if self.settings.segment != 1 and self.tally.replays and not self.tally.rebuilt_inputs:
             notes.append(
                 f"checkpointing_segment={self.settings.segment!r} had no effect: no block got the very output of the one "
@@ -190,11 +205,14 @@ class Checkpointing:
 
     @property
     def _planned(self) -> list[Block]:
-        return [block for block in self.blocks if self.plan[block.name].kind != "keep"]
+        return [block for block in self.blocks if not self.plan[block.name].does_nothing]
 
     def report(self) -> dict[str, Any]:
         """What was done so far, as plain data; see `report.memory_report`."""
-        return report.memory_report(self.plan, self.blocks, self.tally, self.recomputable_share)
+        return report.memory_report(self.plan, self.blocks, self.tally, self.recomputable_share, self._offload_report())
+
+    def _offload_report(self) -> dict[str, Any] | None:
+        return self._offloading.report() if self._offloading is not None and self._moves else None
 
     @property
     def is_used(self) -> bool:

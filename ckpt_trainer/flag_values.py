@@ -9,12 +9,24 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ckpt_trainer import plan as plans
-from ckpt_trainer.plan import DEFAULT_SAVE, INPUT_GRADS, MODES, PLANNED_MODES, Part, Plan
+from ckpt_trainer.memory import parse_bytes
+from ckpt_trainer.plan import (
+    DEFAULT_SAVE,
+    INPUT_GRADS,
+    MODES,
+    OFFLOAD_SAVES,
+    OFFLOAD_TARGETS,
+    PLANNED_MODES,
+    Part,
+    Plan,
+    Settings,
+)
 
 Check = Callable[[str, Any], None]
 _T = TypeVar("_T")
@@ -28,10 +40,10 @@ def check_mode(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r} is not in this version; the modes of this version are {valid}.")
     if isinstance(value, bool):  # YAML reads on, off, yes and no as these.
         raise invalid(name, value, f"one of {valid}", "full" if value else "none")
-    if isinstance(value, str) and value.startswith("selective:"):
-        save = value.removeprefix("selective:")
+    mode, colon, save = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if colon and mode in _SAVE_FLAGS:
         raise ValueError(
-            f"{name}={value!r} is not one of {valid}. Set it to 'selective', checkpointing_save to {save!r}."
+            f"{name}={value!r} is not one of {valid}. Set it to {mode!r}, {_SAVE_FLAGS[mode]} to {save!r}."
         )
     planned = difflib.get_close_matches(_plain(value), [*MODES, *PLANNED_MODES], n=1)
     if planned and planned[0] in PLANNED_MODES:
@@ -45,9 +57,9 @@ def check_bool(name: str, value: Any) -> None:
         raise invalid(name, value, "True or False", near)
 
 
-def check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise invalid(name, value, "a whole number from 1 up", _nearest_count(value))
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise invalid(name, value, f"a whole number from {least} up", _nearest_count(value, least))
 
 
 def read_dict(name: str, value: Any) -> dict[Any, Any]:
@@ -62,23 +74,37 @@ def read_dict(name: str, value: Any) -> dict[Any, Any]:
     return found
 
 
-def read_modules(name: str, value: Any, save: tuple[str, ...]) -> tuple[Part, ...]:
-    """Parts from a dict of module glob to mode; `save` is what `selective` stores where its value does not say."""
+def read_modules(name: str, value: Any, save: tuple[str, ...], offload_save: str) -> tuple[Part, ...]:
+    """Parts from a dict of module glob to mode.
+
+    Args:
+        save: What `selective` stores where its value does not say.
+        offload_save: What `offload` stores away from the device where its value does not say.
+    """
     parts = []
     for module, mode in read_dict(name, value).items():
         if not isinstance(module, str) or not module:
             raise invalid(f"a name in {name}", module, "a module glob or one of text, vision, audio", "*")
-        parts.append(_read_part(module, f"{name}[{module!r}]", mode, save))
+        parts.append(_read_part(module, f"{name}[{module!r}]", mode, save, offload_save))
     return tuple(parts)
 
 
-def _read_part(module: str, name: str, mode: Any, save: tuple[str, ...]) -> Part:
+def _read_part(module: str, name: str, mode: Any, save: tuple[str, ...], offload_save: str) -> Part:
     kind, colon, named = mode.partition(":") if isinstance(mode, str) else (mode, "", "")
     if colon and kind == "selective":
-        return Part(module, "selective", _of(name, mode, plans.read_save, named))
+        return Part(module, kind, _of(name, mode, plans.read_save, named))
+    if colon and kind == "offload":
+        if named not in OFFLOAD_SAVES:
+            wanted = f"'offload:' and one of {', '.join(OFFLOAD_SAVES)}"
+            raise invalid(name, mode, wanted, f"offload:{nearest(named, OFFLOAD_SAVES)}")
+        return Part(module, kind, offload_save=named)
     if colon:
-        raise invalid(name, mode, "a mode; only 'selective' is followed by what it stores", f"selective:{named}")
+        near = (*difflib.get_close_matches(_plain(kind), _SAVE_FLAGS), "offload" if named == "all" else "selective")[0]
+        said = "a mode; only 'selective' and 'offload' are followed by what they store"
+        raise invalid(name, mode, said, f"{near}:{named}")
     check_mode(name, mode)
+    if mode == "offload":
+        return Part(module, mode, offload_save=offload_save)
     return Part(module, mode, save if mode == "selective" else DEFAULT_SAVE)
 
 
@@ -122,6 +148,68 @@ def read_plan(name: str, value: Any, only_files: bool) -> Plan | None:
     return _of(name, value, Plan.from_json, text)
 
 
+def read_folder(name: str, value: Any) -> str | None:
+    """The absolute path of a folder that files can be made in; None as it is."""
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise ValueError(f"{name}={value!r} is not the path of a folder. Set it to one that exists.")
+    path = Path(value).expanduser().absolute()
+    if not path.is_dir():
+        what = "is not a folder" if path.exists() else "does not exist"
+        raise ValueError(f"{name}={value!r}: {path} {what}. Make it, or set {name} to a folder that exists.")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{name}={value!r}: this process may not write in {path}. Set {name} to a folder where it may."
+        )
+    return str(path)
+
+
+def read_budget(name: str, value: Any) -> float | int:
+    """A share as a float, bytes as an int: from itself, from its text, from a size in text; None is the default.
+
+    1 is the share, not a byte. Other numbers without a unit are bytes from `_LEAST_BARE` up, so that 64 is not taken
+    for 64 bytes where 64 GiB were meant.
+    """
+    found = Settings.host_budget if value is None else _number(value)
+    if isinstance(found, (int, float)) and not isinstance(found, bool):
+        if found == 1 or (isinstance(found, float) and 0 < found < 1):
+            return float(found)
+        if isinstance(found, int) and (found == 0 or found >= _LEAST_BARE):
+            return found
+    elif isinstance(found, str):
+        try:
+            return parse_bytes(found)
+        except ValueError:
+            pass  # said below, with shares among what is valid
+    wanted = "a share of memory, above 0 and at most 1, or a size such as '64GiB'"
+    raise invalid(name, value, wanted, _nearest_budget(found))
+
+
+_LEAST_BARE = 4096
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is; all else as it is."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+def _nearest_budget(found: Any) -> float | str:
+    match = re.match(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([%kmgt]?)", str(found), re.IGNORECASE)
+    if match is None or match[2] == "%":
+        share = float(match[1]) / 100 if match else 0.0
+        return share if 0 < share <= 1 else "0B" if str(found).strip().startswith("-") else Settings.host_budget
+    if float(match[1]) == 0:
+        return "0B"
+    unit = f"{match[2].upper()}iB" if match[2] else "GiB" if float(match[1]) < _LEAST_BARE else "B"
+    return f"{match[1].removesuffix('.0')}{unit}"
+
+
 def _of(name: str, value: Any, read: Callable[[Any], _T], raw: Any) -> _T:
     try:
         return read(raw)
@@ -138,9 +226,9 @@ def invalid(name: str, value: Any, wanted: str, near: Any) -> ValueError:
     return ValueError(f"{name}={value!r} is not {wanted}. Did you mean {near!r}?")
 
 
-def _nearest_count(value: Any) -> int:
+def _nearest_count(value: Any, least: int = 1) -> int:
     try:
-        return max(1, round(float(value)))
+        return max(least, round(float(value)))
     except (TypeError, ValueError, OverflowError):  # no number, nan, infinity
         return 1
 
@@ -152,16 +240,13 @@ def _check_function(name: str, value: Any) -> None:
         )
 
 
-def _check_offload(name: str, value: Any) -> None:
-    check_bool(name, value)
-    if value:
-        raise ValueError(f"{name}=True is not in this version. Set it to False or remove it.")
+def _one_of(*valid: str, **elsewhere: str) -> Check:
+    """`elsewhere`: what values are called elsewhere."""
 
-
-def _one_of(*valid: str) -> Check:
     def check(name: str, value: Any) -> None:
         if not isinstance(value, str) or value not in valid:
-            raise invalid(name, value, f"one of {', '.join(valid)}", nearest(value, valid))
+            near = elsewhere.get(_plain(value)) or nearest(value, valid)
+            raise invalid(name, value, f"one of {', '.join(valid)}", near)
 
     return check
 
@@ -170,6 +255,9 @@ def _plain(value: Any) -> str:
     return str(value).strip().lower().replace("-", "_")
 
 
+# What a mode stores where it can be said after a colon, by the mode.
+_SAVE_FLAGS = {"selective": "checkpointing_save", "offload": "checkpointing_offload_save"}
+
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0", "none", "null")
 
@@ -177,6 +265,11 @@ _FALSE = ("false", "no", "off", "0", "none", "null")
 FLAG_CHECKS: Mapping[str, Check] = {
     "checkpointing_mode": lambda name, value: None if value is None else check_mode(name, value),
     "checkpointing_every_n": check_count,
+    "checkpointing_offload_save": _one_of(*OFFLOAD_SAVES),
+    "checkpointing_offload_to": _one_of(
+        *OFFLOAD_TARGETS, cpu="host", ram="host", pinned="host", nvme="disk", ssd="disk"
+    ),
+    "checkpointing_prefetch": lambda name, value: check_count(name, value, least=0),
     "checkpointing_skip_frozen": check_bool,
     "checkpointing_use_reentrant": check_bool,
     "checkpointing_input_grads": _one_of(*INPUT_GRADS),
@@ -196,6 +289,6 @@ HF_OPTIONS: Mapping[str, Check] = {
     "every_n_layers": check_count,
     "use_reentrant": check_bool,
     "preserve_rng_state": check_bool,
-    "offload": _check_offload,
+    "offload": check_bool,
     **TORCH_OPTIONS,
 }

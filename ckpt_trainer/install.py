@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block
+from ckpt_trainer.host_memory import host_cap
+from ckpt_trainer.offload import Offloading
 from ckpt_trainer.ops import WORDS
-from ckpt_trainer.plan import Plan, Settings
+from ckpt_trainer.plan import Action, Plan, Settings
 from ckpt_trainer.rebuild import Rebuilding
-from ckpt_trainer.recompute import Rebuildable, Replayable, Tally, Variant
+from ckpt_trainer.recompute import Elsewhere, Movable, Rebuildable, Replayable, Tally, Variant
 from ckpt_trainer.segments import Segments, segment_length
 from ckpt_trainer.stored_modules import StoredModules
 from ckpt_trainer.stored_results import StoredResults
@@ -35,13 +38,21 @@ class Installed:
         plan: An action for each of them.
         settings: How to carry the plan out.
         tally: Where calls and replays are counted.
+        offloading: Moves what is stored of blocks whose place is not the device; needed where there are such.
 
     Attributes:
         rebuilding: What blocks that store what is expensive rebuild.
         stored: Block name -> what is stored of its modules and its ops, where it is replayed selectively.
     """
 
-    def __init__(self, blocks: Sequence[Block], plan: Plan, settings: Settings, tally: Tally) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[Block],
+        plan: Plan,
+        settings: Settings,
+        tally: Tally,
+        offloading: Offloading | None = None,
+    ) -> None:
         modules = [module for block in blocks for module in block.module.modules()]
         self.rebuilding = Rebuilding(modules, from_parameters=not any(map(_is_sharded, modules)))
         self.stored = {
@@ -51,18 +62,25 @@ class Installed:
         }
         first_of_stack = {block.stack: block.name for block in reversed(blocks)}
         segments = _segments(blocks, plan, settings)
+        self._offloading = offloading
         self._forwards = []
         for block in blocks:
-            run: Rebuildable | Replayable
-            if plan[block.name].kind == "keep":
+            run: Rebuildable | Replayable | Movable
+            action, parameters = plan[block.name], tuple(block.module.parameters())
+            elsewhere = _elsewhere(block, action, offloading)
+            if action.does_nothing:
                 continue
-            if plan[block.name].save == EXPENSIVE:
-                run = Rebuildable(tuple(block.module.parameters()), self.rebuilding, tally)
+            if action.kind == "keep":
+                assert elsewhere is not None
+                run = Movable(parameters, elsewhere, tally)
+            elif action.save == EXPENSIVE:
+                run = Rebuildable(parameters, self.rebuilding, tally, elsewhere)
             else:
                 run = replace(
                     _replayable(block, settings, first_of_stack, tally),
                     storing=self.stored[block.name].storing if block.name in self.stored else (),
-                    segments=segments.get(block.stack) if plan[block.name].kind == "recompute" else None,
+                    segments=segments.get(block.stack) if action.kind == "recompute" else None,
+                    elsewhere=elsewhere,
                 )
             self._forwards.append(_Forward(block.module, run))
 
@@ -84,6 +102,21 @@ class Installed:
     ) -> None:
         for forward in self._forwards:
             forward.take_back()
+        if self._offloading is not None:
+            self._offloading.end_of_step()
+
+
+def offloading_of(settings: Settings) -> Offloading:
+    """What moves the stored tensors of a model off its device."""
+    cap = partial(host_cap, settings.host_budget)
+    return Offloading(cap, settings.prefetch, settings.offload_to != "pageable", settings.offload_dir)
+
+
+def _elsewhere(block: Block, action: Action, offloading: Offloading | None) -> Elsewhere | None:
+    if action.place == "device":
+        return None
+    assert offloading is not None
+    return Elsewhere(offloading, (*block.module.parameters(), *block.module.buffers()), action.place == "disk")
 
 
 EXPENSIVE = ("expensive",)
@@ -163,7 +196,7 @@ def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str]
 class _Forward:
     """The `forward` of one block while a plan is in force."""
 
-    def __init__(self, module: nn.Module, block: Replayable | Rebuildable) -> None:
+    def __init__(self, module: nn.Module, block: Replayable | Rebuildable | Movable) -> None:
         self._module = module
         self._block = block
         self._original: Callable[..., Any] = module.forward

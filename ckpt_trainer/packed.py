@@ -10,17 +10,19 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ckpt_trainer.chunks import mark_of
+from ckpt_trainer.handles import Handle, Pack
 from ckpt_trainer.rebuild_rules import Node
 
 _KEY = "ckpt_trainer"
 
 
 class Held:
-    """A tensor stored in the graph as it is, unless it turns out later that it can be rebuilt (`give_way`)."""
+    """A tensor stored in the graph as it is, unless it turns out later that it can be rebuilt (`give_way`) or `move`s."""
 
-    __slots__ = ("__weakref__", "_instead", "signature", "tensor", "uses", "version")
+    __slots__ = ("__weakref__", "_away", "_back", "_instead", "_left", "signature", "tensor", "uses", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because the result of an op that saves it would else hold the op that holds it.
@@ -29,6 +31,10 @@ class Held:
         self.signature = hash((tensor.dtype, tensor.is_contiguous()))
         self.uses = 0
         self._instead: Rebuilt | None = None
+        self._away: Handle | None = None
+        # What is away comes back once for all who ask, as what is rebuilt.
+        self._back: Tensor | None = None
+        self._left = 0
 
     @property
     def is_rebuilt(self) -> bool:
@@ -52,12 +58,24 @@ class Held:
         self.tensor = self.tensor.new_empty(0)
         self.version = self.tensor._version
 
+    def move(self, pack: Pack) -> None:
+        """Let what `pack` makes of the tensor stand for it from now on."""
+        stays = isinstance(self.tensor, nn.Parameter) or self._instead is not None or self._away is not None
+        if self.uses and not stays and self.is_valid:
+            self._away = pack(self.tensor)
+            self._left = self.uses
+            self.tensor = mark_of(self.tensor)
+
     def peek(self) -> Tensor:
+        if self._away is not None:
+            return self._away.get() if self._back is None else self._back
         return self.tensor if self._instead is None else self._instead.peek()
 
     def get(self) -> Tensor:
         if self._instead is not None:
             return self._instead.get()
+        if self._away is not None:
+            return self._get_away(self._away)
         if not self.is_valid:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -65,6 +83,14 @@ class Held:
                 f"expected version {self.version} instead."
             )
         return self.tensor
+
+    def _get_away(self, away: Handle) -> Tensor:
+        back = away.get() if self._back is None else self._back
+        self._left -= 1
+        self._back = back if self._left > 0 else None
+        if self._left <= 0:
+            self._left = self.uses  # for a graph that is kept and run again
+        return back
 
 
 class Rebuilt:
@@ -99,6 +125,11 @@ class Rebuilt:
         self.uses += 1
         self.left += 1
 
+    def move(self, pack: Pack) -> None:
+        """Move what it is made of."""
+        for packed in self.inputs:
+            packed.move(pack)
+
     def peek(self) -> Tensor:
         """The tensor, by nobody's request."""
         if self.value is not None:
@@ -127,6 +158,9 @@ class _Nothing(Held):
     def __init__(self) -> None:
         self.signature = self.uses = 0
         self._instead = None
+
+    def move(self, pack: Pack) -> None:
+        pass
 
     def peek(self) -> Any:
         return None

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KINDS = ("keep", "selective", "recompute")
-MODES = ("none", "selective", "full")
-PLANNED_MODES = ("offload", "auto")
+# Where the tensors are that a block stores between its forward and its backward.
+PLACES = ("device", "host", "disk")
+MODES = ("none", "selective", "full", "offload")
+PLANNED_MODES = ("auto",)
 INPUT_GRADS = ("auto", "always", "never")
 
 # What `selective` stores besides the inputs of a block, from cheapest (most is stored) to leanest.
@@ -23,6 +25,11 @@ TIERS = ("expensive", "matmul", "half_matmul", "attention")
 # Those that choose by op, so that they may stand in a list beside names of ops and modules.
 LISTED_TIERS = ("matmul", "attention")
 DEFAULT_SAVE = ("expensive",)
+
+# What `offload` stores away from the device: the inputs of a block, what `selective` stores, or all that autograd stores.
+OFFLOAD_SAVES = ("inputs", *TIERS, "all")
+# What it is stored in: pinned host memory, host memory that is not pinned, or a file that host memory spills to.
+OFFLOAD_TARGETS = ("host", "pageable", "disk")
 
 # The reason of an action that a frozen block has, which comes to nothing where no gradient passes.
 FROZEN = "frozen, if a gradient passes"
@@ -38,20 +45,26 @@ class Action:
         reason: Why this differs from what the mode asks for, for the table and the log; empty where it does not.
         save: For `selective`: one of `TIERS`, or names of ops, module globs and `LISTED_TIERS`; see `read_save`. Not
             given: `DEFAULT_SAVE`.
+        place: One of `PLACES`: where that is kept until backward needs it. `keep` on the host is everything on the host.
 
     Raises:
-        ValueError: `kind` is not one of `KINDS`, or `save` does not fit.
+        ValueError: `kind` is not one of `KINDS`, `place` is not one of `PLACES`, or `save` does not fit.
     """
 
     kind: str
     reason: str = ""
     save: tuple[str, ...] = ()
+    place: str = "device"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            near = _NEAR.get(self.kind) if isinstance(self.kind, str) else None
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise ValueError(f"action {self.kind!r} is not one of {', '.join(KINDS)}.{hint}")
+            raise ValueError(
+                f"action {self.kind!r} is not one of {', '.join(KINDS)}.{_hint(self.kind, _KINDS_ELSEWHERE)}"
+            )
+        if self.place not in PLACES:
+            raise ValueError(
+                f"place {self.place!r} is not one of {', '.join(PLACES)}.{_hint(self.place, _PLACES_ELSEWHERE)}"
+            )
         if self.kind == "selective":
             object.__setattr__(self, "save", read_save(self.save) if self.save else DEFAULT_SAVE)
         elif self.save:
@@ -61,23 +74,38 @@ class Action:
     def from_text(cls, text: str) -> Action:
         """Read `keep`, `recompute`, `selective`, or `selective:` and what is stored, as in `selective:mm,attention`.
 
+        After an @ may stand the place: `recompute@host`, `selective:attention@disk`.
+
         Raises:
             ValueError: The text is not one of these.
         """
-        kind, colon, save = text.partition(":")
-        return cls(kind, save=read_save(save)) if colon else cls(kind)
+        what, at, place = text.partition("@")
+        kind, colon, save = what.partition(":")
+        return cls(kind, save=read_save(save) if colon else (), place=place if at else "device")
 
     @property
     def short(self) -> str:
         """The action without its reason; `from_text` reads it."""
-        return f"{self.kind}:{','.join(self.save)}" if self.save else self.kind
+        what = f"{self.kind}:{','.join(self.save)}" if self.save else self.kind
+        return what if self.place == "device" else f"{what}@{self.place}"
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the block runs as it does without us: autograd stores what it asks for, on the device."""
+        return self.kind == "keep" and self.place == "device"
 
     def __str__(self) -> str:
         return f"{self.short} ({self.reason})" if self.reason else self.short
 
 
-# Names of modes, which are not those of actions.
-_NEAR = {"none": "keep", "full": "recompute"}
+# Names of modes, which are not those of actions, and what places are called elsewhere.
+_KINDS_ELSEWHERE = {"none": "keep", "full": "recompute", "offload": "recompute@host"}
+_PLACES_ELSEWHERE = {"cpu": "host", "ram": "host", "pageable": "host", "nvme": "disk"}
+
+
+def _hint(value: Any, elsewhere: Mapping[str, str]) -> str:
+    near = elsewhere.get(value) if isinstance(value, str) else None
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def read_save(value: Any) -> tuple[str, ...]:
@@ -112,6 +140,18 @@ SELECTIVE = Action("selective")
 RECOMPUTE = Action("recompute")
 
 
+def offload_action(save: str, place: str) -> Action:
+    """What mode `offload` does to a block.
+
+    Args:
+        save: One of `OFFLOAD_SAVES`.
+        place: `host` or `disk`.
+    """
+    if save in ("inputs", "all"):
+        return Action("recompute" if save == "inputs" else "keep", place=place)
+    return Action("selective", save=(save,), place=place)
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a model that has a mode of its own.
@@ -120,11 +160,13 @@ class Part:
         name: A glob over names of blocks, or `text`, `vision`, `audio`.
         mode: One of `MODES`.
         save: What mode `selective` stores in this part.
+        offload_save: What mode `offload` stores away from the device in this part, one of `OFFLOAD_SAVES`.
     """
 
     name: str
     mode: str
     save: tuple[str, ...] = DEFAULT_SAVE
+    offload_save: str = "inputs"
 
 
 @dataclass(frozen=True)
@@ -138,6 +180,12 @@ class Settings:
         save: What mode `selective` stores, as in `Action`.
         segment: Of fully recomputed blocks in a row, the input of every k-th only is stored; `sqrt`: k from their number.
         plan: Carried out instead of what a mode asks for.
+        offload_save: What mode `offload` stores away from the device, one of `OFFLOAD_SAVES`.
+        offload_to: One of `OFFLOAD_TARGETS`. Mode `offload` makes actions of it; `pageable` concerns every action whose
+            place is not the device.
+        offload_dir: An existing folder, as an absolute path, for actions whose place is `disk`.
+        host_budget: How much host memory offload may take: a share of what is available (float), or bytes (int).
+        prefetch: How many blocks ahead of backward are brought back to the device.
         skip_frozen: Frozen blocks below the first trainable parameter run without graph, recompute or backward.
         use_reentrant: The reentrant variant of torch's checkpoint.
         input_grads: One of `INPUT_GRADS`: whether embeddings are made to require grad.
@@ -155,6 +203,11 @@ class Settings:
     save: tuple[str, ...] = DEFAULT_SAVE
     segment: int | str = 1
     plan: Plan | None = None
+    offload_save: str = "inputs"
+    offload_to: str = "host"
+    offload_dir: str | None = None
+    host_budget: float | int = 0.8
+    prefetch: int = 1
     skip_frozen: bool = True
     use_reentrant: bool = False
     input_grads: str = "auto"
@@ -163,6 +216,11 @@ class Settings:
     use_cache: bool | None = None
     named: bool = field(default=False, compare=False)
     checkpoint_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def offload_place(self) -> str:
+        """The place of the actions that mode `offload` gives."""
+        return "disk" if self.offload_to == "disk" else "host"
 
 
 @dataclass(frozen=True)
@@ -188,7 +246,7 @@ class Plan:
     @property
     def is_active(self) -> bool:
         """Whether anything is done to any block."""
-        return any(action.kind != "keep" for action in self.actions.values())
+        return not all(action.does_nothing for action in self.actions.values())
 
     def as_data(self) -> dict[str, Any]:
         """The plan as what JSON can hold: `{"blocks": {name: action}}`, an action as text where it has no reason."""
@@ -236,7 +294,8 @@ def _entry(action: Action) -> str | dict[str, Any]:
     if not action.reason:
         return action.short
     save = {"save": list(action.save)} if action.save else {}
-    return {"kind": action.kind, **save, "reason": action.reason}
+    place = {"place": action.place} if action.place != "device" else {}
+    return {"kind": action.kind, **save, **place, "reason": action.reason}
 
 
 def _read_action(name: str, entry: Any) -> Action:

@@ -14,13 +14,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.plan import FROZEN, KEEP, RECOMPUTE, Action, Part, Plan, Settings
+from ckpt_trainer.plan import FROZEN, KEEP, RECOMPUTE, Action, Part, Plan, Settings, offload_action
 
 COMPONENTS = ("text", "vision", "audio")
 
 Policy = Callable[[Sequence[Block], Settings], Plan]
 
-# A user's own: an action, its text (`selective:attention`), or None for what the mode says.
+# A user's own: an action, its text (`selective:attention`, `recompute@host`), or None for what the mode says.
 BlockPolicy = Callable[[Block], Action | str | None]
 
 
@@ -39,7 +39,18 @@ def select_all(blocks: Sequence[Block], settings: Settings) -> Plan:
     return _every_n(blocks, settings.every_n, Action("selective", save=settings.save))
 
 
-POLICIES: dict[str, Policy] = {"none": keep_all, "selective": select_all, "full": recompute_all}
+def offload_all(blocks: Sequence[Block], settings: Settings) -> Plan:
+    """Mode `offload`: of every `settings.every_n`-th block of each stack, what `settings.offload_save` names moves off
+    the device until backward needs it."""
+    return _every_n(blocks, settings.every_n, offload_action(settings.offload_save, settings.offload_place))
+
+
+POLICIES: dict[str, Policy] = {
+    "none": keep_all,
+    "selective": select_all,
+    "full": recompute_all,
+    "offload": offload_all,
+}
 
 
 def make_plan(blocks: Sequence[Block], settings: Settings, policy: BlockPolicy | None = None) -> Plan:
@@ -61,7 +72,7 @@ def make_plan(blocks: Sequence[Block], settings: Settings, policy: BlockPolicy |
     if policy is None:
         return plan
     plan = Plan({block.name: _ask(policy, block, plan[block.name]) for block in blocks})
-    _refuse_selective(plan, settings)
+    _refuse_answers(plan, settings)
     return plan
 
 
@@ -91,13 +102,13 @@ def check_policy(policy: Any, settings: Settings) -> None:
 
 
 def _plan_of_modes(blocks: Sequence[Block], settings: Settings) -> Plan:
-    everywhere = Part("*", settings.mode, settings.save)
+    everywhere = Part("*", settings.mode, settings.save, settings.offload_save)
     parts = _parts_by_block(blocks, settings, everywhere)
     plans = {
-        (part.mode, part.save): POLICIES[part.mode](blocks, replace(settings, save=part.save))
+        part: POLICIES[part.mode](blocks, replace(settings, save=part.save, offload_save=part.offload_save))
         for part in (everywhere, *settings.modules)
     }
-    return Plan({name: plans[part.mode, part.save][name] for name, part in parts.items()})
+    return Plan({name: plans[part][name] for name, part in parts.items()})
 
 
 def _parts_by_block(blocks: Sequence[Block], settings: Settings, everywhere: Part) -> dict[str, Part]:
@@ -140,8 +151,8 @@ def _ask(policy: BlockPolicy, block: Block, otherwise: Action) -> Action:
     said = f"checkpointing_policy returned {answer!r} for block {block.name!r}"
     if not isinstance(answer, str):
         raise TypeError(
-            f"{said}. Return an Action, its text ('keep', 'recompute', 'selective:attention'), or None for what the "
-            "mode says."
+            f"{said}. Return an Action, its text ('keep', 'recompute', 'selective:attention', 'recompute@host'), or "
+            "None for what the mode says."
         )
     try:
         return Action.from_text(answer)
@@ -149,18 +160,21 @@ def _ask(policy: BlockPolicy, block: Block, otherwise: Action) -> Action:
         raise ValueError(f"{said}: {error}") from None
 
 
-def _refuse_selective(plan: Plan, settings: Settings) -> None:
-    selective = [name for name, action in plan.actions.items() if action.kind == "selective"]
-    if selective and settings.use_reentrant:
-        raise ValueError(
-            f"checkpointing_policy returned {plan[selective[0]].short!r} for block {selective[0]!r}, which needs the "
-            "non-reentrant variant. Remove checkpointing_use_reentrant=True, or return 'keep' or 'recompute'."
-        )
-    if selective and settings.checkpoint_options.get("context_fn"):
-        raise ValueError(
-            f"checkpointing_policy returned {plan[selective[0]].short!r} for block {selective[0]!r}, and context_fn is "
-            "a selection of its own. Remove context_fn, or return 'keep' or 'recompute'."
-        )
+def _refuse_answers(plan: Plan, settings: Settings) -> None:
+    """What settings exclude is refused when they are made; here, what they exclude of a policy's answers."""
+    for name, action in plan.actions.items():
+        said = f"checkpointing_policy returned {action.short!r} for block {name!r}"
+        if action.kind == "selective" and settings.use_reentrant:
+            raise ValueError(
+                f"{said}, which needs the non-reentrant variant. Remove checkpointing_use_reentrant=True, or return "
+                "'keep' or 'recompute'."
+            )
+        if action.kind == "selective" and settings.checkpoint_options.get("context_fn"):
+            raise ValueError(
+                f"{said}, and context_fn is a selection of its own. Remove context_fn, or return 'keep' or 'recompute'."
+            )
+        if action.place == "disk" and settings.offload_dir is None:
+            raise ValueError(f"{said}, which needs a folder. Set checkpointing_offload_dir, or return '...@host'.")
 
 
 def _found(blocks: Sequence[Block]) -> str:

@@ -8,6 +8,7 @@ dispatch mode and no random number; what a saved tensor needs is owned by what s
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ckpt_trainer.handles import Pack
 from ckpt_trainer.log import logger
 from ckpt_trainer.packed import Held, Packed, Rebuilt, as_view, known, packed_of, remember, saved_by, unpack
 from ckpt_trainer.rebuild_rules import NORMS, RULES, Node, Rule, dtype_of, norm_rule, shape_of
@@ -40,6 +42,7 @@ class _Run:
         versions: Those that the leaves had when it began.
         results: (node, number, what stands for it) of results that their own op saved.
         norms: (weight, node) of the normalisations looked at.
+        packed: What autograd was given.
     """
 
     def __init__(self, leaves: Sequence[Tensor], given: Sequence[Packed]) -> None:
@@ -47,6 +50,7 @@ class _Run:
         self.given = given
         self.results: list[tuple[Node, int, Held]] = []
         self.norms: list[tuple[Tensor, Node]] = []
+        self.packed: list[weakref.ref[Packed]] = []
 
 
 class _Here(threading.local):
@@ -87,11 +91,13 @@ class Rebuilding:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         parameters: Sequence[nn.Parameter] = (),
+        move: Pack | None = None,
     ) -> Any:
         """Call `forward(*args, **kwargs)` so that of what autograd saves within, what is cheap to rebuild is not stored.
 
         Args:
             parameters: Those that the forward may use; what is made of others is stored.
+            move: Makes of a tensor what is stored instead of it.
 
         Raises:
             RuntimeError: In backward, where a stored tensor was changed in place, as autograd does.
@@ -105,6 +111,10 @@ class Rebuilding:
                 output = forward(*args, **kwargs)
             for node, number, held in self._here.run.results:
                 self._try_again(node, number, held)
+            if move is not None:
+                for reference in self._here.run.packed:
+                    if (packed := reference()) is not None:
+                        packed.move(move)
         finally:
             self._here.run = outer
         return output
@@ -113,6 +123,7 @@ class Rebuilding:
         packed = self._packed(tensor)
         packed.use()
         self.tensors += packed.is_rebuilt
+        self._here.run.packed.append(weakref.ref(packed))
         return packed
 
     def _packed(self, tensor: Tensor) -> Packed:

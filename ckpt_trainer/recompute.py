@@ -18,21 +18,24 @@ NOTE on exactness. A replay is the same computation on the same values, so that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_trainer import side_channels
+from ckpt_trainer.arguments import copy_of, fill, fill_each, lift
 from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
 from ckpt_trainer.flops import FlopCounter
+from ckpt_trainer.handles import Pack, unpack
+from ckpt_trainer.offload import Group, Offloading
 from ckpt_trainer.rebuild import Rebuilding
 from ckpt_trainer.segments import Segments
 
@@ -42,8 +45,8 @@ class Tally:
     """What happened to the calls of blocks, counted since it was made.
 
     Args:
-        calls: Calls by what was done: `recompute`, `rebuild` (cheap results only), `no graph` (nothing needs a
-            gradient), `no grad` (gradients are off), or why a call could not be replayed.
+        calls: Calls by what was done: `recompute`, `rebuild` (cheap results only), `offload` (all that autograd
+            stores), `no graph` (nothing needs a gradient), `no grad` (gradients are off), or why a call was kept.
         checkpointed: Calls that backward may replay, by block name.
         replays: Replays by block name.
         rebuilt_inputs: Forwards run once more for the input of the next block, by block name.
@@ -84,6 +87,56 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """Where a block's stored tensors go, if not to stay on the device.
+
+    Args:
+        offloading: Moves them.
+        own: Parameters and buffers of the block, which stay.
+        to_disk: They may go on from the host to disk.
+    """
+
+    offloading: Offloading
+    own: Sequence[Tensor]
+    to_disk: bool = False
+
+    def begin(self, tensors: Sequence[Tensor]) -> Group | None:
+        """A call with these tensors; None where there is nowhere to go."""
+        return self.offloading.begin(tensors, self.own, self.to_disk)
+
+
+@dataclass(frozen=True)
+class Movable:
+    """A block of which all that autograd stores is moved, and nothing is rebuilt; call `run` in place of its forward.
+
+    Args:
+        parameters: Its parameters.
+        elsewhere: Where it is moved.
+        tally: Where calls are counted.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    elsewhere: Elsewhere
+    tally: Tally
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call `forward(*args, **kwargs)`."""
+        if torch.compiler.is_compiling():
+            return forward(*args, **kwargs)
+        tensors: list[Tensor] = []
+        for value in (*args, *kwargs.values()):
+            lift(value, tensors)
+        why = _why_no_graph(self.parameters, tensors)
+        group = self.elsewhere.begin(tensors) if why is None else None
+        self.tally.calls[why or ("kept" if group is None else "offload")] += 1
+        if group is None:
+            return forward(*args, **kwargs)
+        group.packed_inputs()
+        with saved_tensors_hooks(group.pack, unpack):
+            return forward(*args, **kwargs)
+
+
+@dataclass(frozen=True)
 class Rebuildable:
     """A block of which cheap results are rebuilt and all others stored; call `run` in place of its forward.
 
@@ -91,25 +144,27 @@ class Rebuildable:
         parameters: Its parameters.
         rebuilding: What the blocks of the model rebuild.
         tally: Where calls are counted.
+        elsewhere: Where what is stored is moved; None to stay.
     """
 
     parameters: Sequence[nn.Parameter]
     rebuilding: Rebuilding
     tally: Tally
+    elsewhere: Elsewhere | None = None
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)`; see `Rebuilding.run`."""
         if torch.compiler.is_compiling():
             return forward(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            self.tally.calls["no grad"] += 1
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        why = _why_no_graph(self.parameters, tensors)
+        self.tally.calls[why or "rebuild"] += 1
+        if why is not None:
             return forward(*args, **kwargs)
-        leaves = (*self.parameters, *(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
-        if not any(leaf.requires_grad for leaf in leaves):
-            self.tally.calls["no graph"] += 1
-            return forward(*args, **kwargs)
-        self.tally.calls["rebuild"] += 1
-        return self.rebuilding.run(forward, args, kwargs, self.parameters)
+        group = self.elsewhere.begin(tensors) if self.elsewhere is not None else None
+        if group is not None:
+            group.packed_inputs()
+        return self.rebuilding.run(forward, args, kwargs, self.parameters, group.pack if group is not None else None)
 
 
 class Stored(Protocol):
@@ -120,6 +175,9 @@ class Stored(Protocol):
 
     def reusing(self) -> AbstractContextManager[Any]:
         """Around each replay."""
+
+    def move(self, pack: Pack) -> None:
+        """After the forward: what is stored is what `pack` made of it."""
 
 
 class Storing(Protocol):
@@ -141,6 +199,7 @@ class Replayable:
         tally: Where calls and replays are counted.
         storing: What is stored besides its inputs.
         segments: Of its stack, where its input may be rebuilt instead of stored.
+        elsewhere: Where what is stored is moved; None to stay.
     """
 
     name: str
@@ -150,6 +209,7 @@ class Replayable:
     tally: Tally
     storing: Sequence[Storing] = ()
     segments: Segments | None = None
+    elsewhere: Elsewhere | None = None
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)` so that backward replays it.
@@ -171,17 +231,22 @@ class Replayable:
         if any(_is_cache(value) for value in (*args, *kwargs.values())):
             return self._plainly("got a key/value cache", forward, args, kwargs)
         tensors: list[Tensor] = []
-        args, kwargs = _lift(args, tensors), {key: _lift(value, tensors) for key, value in kwargs.items()}
+        args, kwargs = lift(args, tensors), {key: lift(value, tensors) for key, value in kwargs.items()}
         trainable = any(parameter.requires_grad for parameter in self.parameters)
         required = self.variant.require_input_grad
         if required or (required is None and self.variant.use_reentrant and trainable):
             _require_grad_of_one(tensors)
         if not trainable and not any(tensor.requires_grad for tensor in tensors):
             self.tally.calls["no graph"] += 1
-            return forward(*_fill(args, tensors), **_fill_each(kwargs, tensors))
+            return forward(*fill(args, tensors), **fill_each(kwargs, tensors))
         self.tally.calls["recompute"] += 1
         self.tally.checkpointed[self.name] += 1
-        return self._checkpointed(_Call(self, forward, args, kwargs), tensors)
+        group = self.elsewhere.begin(tensors) if self.elsewhere is not None else None
+        call = _Call(self, forward, args, kwargs, group)
+        if group is None:
+            return self._checkpointed(call, tensors)
+        with saved_tensors_hooks(group.pack, unpack):  # of the inputs; the checkpoint has hooks of its own within
+            return self._checkpointed(call, tensors)
 
     def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.tally.calls[why] += 1
@@ -206,9 +271,15 @@ class _Call:
     """One call of one block: the first time it runs is the forward, every later time a replay."""
 
     def __init__(
-        self, block: Replayable, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        block: Replayable,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        group: Group | None,
     ) -> None:
         self.block = block
+        self.group = group
         self.forward = forward
         self.args = args
         self.kwargs = kwargs
@@ -217,10 +288,10 @@ class _Call:
 
     def __call__(self, *tensors: Tensor) -> Any:
         if self.before is None:
-            args, kwargs = _fill(self.args, tensors), _fill_each(self.kwargs, tensors)
+            args, kwargs = fill(self.args, tensors), fill_each(self.kwargs, tensors)
             # Not the containers themselves: they may be appended to later, and hold the graph that holds this.
-            self.args = tuple(_copy_of(value) for value in self.args)
-            self.kwargs = {key: _copy_of(value) for key, value in self.kwargs.items()}
+            self.args = tuple(copy_of(value) for value in self.args)
+            self.kwargs = {key: copy_of(value) for key, value in self.kwargs.items()}
             return self._first(tensors, args, kwargs)
         self.block.tally.replays[self.block.name] += 1
         return self._replay(tensors)
@@ -231,8 +302,8 @@ class _Call:
         return self._replay(tensors)
 
     def _replay(self, tensors: Sequence[Tensor]) -> Any:
-        args = tuple(_copy_of(value) for value in _fill(self.args, tensors))
-        kwargs = {key: _copy_of(value) for key, value in _fill_each(self.kwargs, tensors).items()}
+        args = tuple(copy_of(value) for value in fill(self.args, tensors))
+        kwargs = {key: copy_of(value) for key, value in fill_each(self.kwargs, tensors).items()}
         self.block.tally.last_replayed = self.block.name
         assert self.before is not None
         with self._counted(), as_before(self.before), ExitStack() as stack:
@@ -256,10 +327,16 @@ class _Call:
     def _first(self, tensors: Sequence[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tally = self.block.tally
         flops = tally.counter.total if tally.counter else 0
+        group, self.group = self.group, None
+        if group is not None:
+            group.packed_inputs()
         with self.block.state.remember(devices_of(tensors)) as before, ExitStack() as stack:
             for stored in self.stored:
                 stack.enter_context(stored.storing())
             output = self.forward(*args, **kwargs)
+        if group is not None:
+            for stored in self.stored:
+                stored.move(group.pack)
         if tally.counter:
             tally.block_flops[self.block.name] = tally.counter.total - flops
         if before.unrestored:
@@ -287,52 +364,18 @@ class _FlatCall:
         return tree_unflatten(leaves, self.structure)
 
 
-@dataclass(frozen=True)
-class _Hole:
-    """Where in the arguments of a call a tensor was taken out."""
-
-    index: int
-
-
-def _lift(value: Any, tensors: list[Tensor]) -> Any:
-    """Move the tensors of a value to a list, leaving holes. Only into tuples: others may be shared and written."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return _Hole(len(tensors) - 1)
-    if _is_plain_tuple(value):
-        return _tuple_like(value, [_lift(item, tensors) for item in value])
-    return value
-
-
-def _fill(value: Any, tensors: Sequence[Tensor]) -> Any:
-    if type(value) is _Hole:
-        return tensors[value.index]
-    if _is_plain_tuple(value):
-        return _tuple_like(value, [_fill(item, tensors) for item in value])
-    return value
-
-
-def _is_plain_tuple(value: Any) -> bool:
-    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_fields"))
-
-
-def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
-    return tuple(items) if type(value) is tuple else type(value)(*items)
-
-
-def _copy_of(value: Any) -> Any:
-    return copy(value) if isinstance(value, (MutableSequence, MutableMapping)) else value
-
-
-def _fill_each(values: dict[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
-    return {key: _fill(value, tensors) for key, value in values.items()}
-
-
 def _is_cache(value: Any) -> bool:
     """Whether a value is one of the key/value caches of transformers or of remote code, which a forward appends to."""
     if value is None or isinstance(value, (Tensor, tuple, bool, int, float, str)):
         return False
     return any("Cache" in cls.__name__ for cls in type(value).__mro__)
+
+
+def _why_no_graph(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> str | None:
+    """Why autograd will store nothing of a call; None if it will."""
+    if not torch.is_grad_enabled():
+        return "no grad"
+    return None if any(leaf.requires_grad for leaf in (*parameters, *tensors)) else "no graph"
 
 
 def _require_grad_of_one(tensors: list[Tensor]) -> None:

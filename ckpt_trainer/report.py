@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def _part_line(component: str, actions: Sequence[Action]) -> str:
     done = Counter(_done(action) for action in actions if not _is_left(action))
     left = Counter(action.reason or "kept" for action in actions if _is_left(action))
     # Where nothing is done, the word is that of what would be.
-    word = next((_done(action) for action in actions if action.kind != "keep"), "recomputed")
+    word = next((_done(action) for action in actions if not action.does_nothing), "recomputed")
     what = (
         f" {next(iter(done), word)}" if len(done) < 2 else f": {', '.join(f'{n} {what}' for what, n in done.items())}"
     )
@@ -63,18 +64,25 @@ def _part_line(component: str, actions: Sequence[Action]) -> str:
 
 
 def _is_left(action: Action) -> bool:
-    return action.kind == "keep" or action.reason == FROZEN
+    return action.does_nothing or action.reason == FROZEN
 
 
 def _done(action: Action) -> str:
-    return "recomputed" if action.kind == "recompute" else action.short
+    if action.place == "device":
+        return "recomputed" if action.kind == "recompute" else action.short
+    what = {"recompute": "recomputed, inputs", "keep": "not recomputed, all they store"}
+    return f"{what.get(action.kind, replace(action, place='device').short)} on the {action.place}"
 
 
 _SHOWN_REASONS = 3
 
 
 def memory_report(
-    plan: Plan, blocks: Sequence[Block], tally: Tally, recomputable_share: float | None
+    plan: Plan,
+    blocks: Sequence[Block],
+    tally: Tally,
+    recomputable_share: float | None,
+    offload: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What was done so far.
 
@@ -82,7 +90,8 @@ def memory_report(
         `blocks`: per component, number of blocks by action; `calls`: calls of blocks by what was done with them;
         `recomputed_blocks`: replays, all together, and `recomputed_by_block`; `rebuilt_inputs`: forwards run once more
         for the next block's input; `recomputed_flops_share`: FLOPs of both / FLOPs of forwards, None if not measured;
-        `memory`: bytes, see `memory_bytes`; `plan`: the plan as `Plan.as_data` gives it, which is what a file for
+        `memory`: bytes, see `memory_bytes`; `offload`: what was moved off the device, see `Offloading.report`, None where
+        nothing was to be; `plan`: the plan as `Plan.as_data` gives it, which is what a file for
         `checkpointing_plan` holds.
     """
     kinds: dict[str, Counter[str]] = {}
@@ -100,6 +109,7 @@ def memory_report(
         "rebuilt_inputs": sum(tally.rebuilt_inputs.values()),
         "recomputed_flops_share": flops_share(tally, recomputable_share) if counted else None,
         "memory": memory_bytes(blocks[0].module if blocks else None),
+        "offload": offload,
         "plan": plan.as_data(),
     }
 
@@ -121,10 +131,33 @@ def flops_share(tally: Tally, recomputable_share: float | None) -> float | None:
 
 def memory_bytes(module: nn.Module | None) -> dict[str, int]:
     """Peak bytes of the device that the module is on, as its allocator counts them, and of this process on the host."""
-    parameter = next(module.parameters(), None) if module is not None else None
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = device_of(module)
     entries = {"peak_device_bytes": memory.peak_bytes(device), "peak_host_bytes": memory.host_peak_bytes()}
     return {key: value for key, value in entries.items() if value is not None}
+
+
+def device_of(module: nn.Module | None) -> torch.device:
+    """The device of a module's first parameter; the host where it has none."""
+    parameter = next(module.parameters(), None) if module is not None else None
+    return parameter.device if parameter is not None else torch.device("cpu")
+
+
+def explain_nowhere(why: str, plan: Plan) -> str:
+    """Mode `offload` on a device that has no other place than the host: what it does there."""
+    kinds = {action.kind for action in plan.actions.values() if action.place != "device"}
+    words = {"keep": "kept", "recompute": "recomputed", "selective": "selective"}
+    return (
+        f"offload moves nothing, since {why}: blocks are {' or '.join(words[k] for k in sorted(kinds))} as without it"
+    )
+
+
+def explain_nothing_moved(offload: Mapping[str, Any]) -> str:
+    """Mode `offload` in whose first step no byte was moved, although there is a place to go."""
+    kept = [f"{held['tensors']} {why}" for why, held in offload["kept"].items()]
+    return (
+        f"0 bytes offloaded in the first step. Tensors that stayed on the device: {', '.join(kept) or 'none'}; those of "
+        "the newest block always do."
+    )
 
 
 def explain_mismatch(error: Exception, tally: Tally, blocks: Sequence[Block]) -> str:
@@ -182,7 +215,7 @@ def explain_no_effect(tally: Tally, planned: Sequence[Block]) -> list[str]:
             f"{cached} calls of blocks got a key/value cache and were kept, since a replay would add to it again. "
             "use_cache=False turns it off; methods that train a prefix need it, and leave nothing to recompute."
         )
-    elif tally.calls and not (tally.calls["recompute"] or tally.calls["rebuild"]):
+    elif tally.calls and not any(tally.calls[what] for what in ("recompute", "rebuild", "offload", "kept")):
         calls = ", ".join(f"{number} {why}" for why, number in tally.calls.items() if number)
         found.append(
             f"{len(planned)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."

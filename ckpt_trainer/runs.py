@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ckpt_trainer.block_state import devices_of, random_state, same_state, set_random_state
+from ckpt_trainer.handles import Handle, Pack
 from ckpt_trainer.sites import Site
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
@@ -130,17 +131,19 @@ class RunSaved:
 
     Attributes:
         tensor: The tensor, or the parameter that it is made of.
+        away: Else, what stands for a tensor that may be elsewhere.
         node: Else, the node that saves the input that it is made of.
         dtype: What to cast that to.
         view: How to see it then.
     """
 
-    __slots__ = ("__weakref__", "dtype", "node", "tensor", "version", "view", "where")
+    __slots__ = ("__weakref__", "away", "dtype", "node", "tensor", "version", "view", "where")
 
     def __init__(self, where: str) -> None:
         self.where = where
         self.tensor: Tensor | None = None
         self.version = 0
+        self.away: Handle | None = None
         self.node: Any = None
         self.dtype: torch.dtype | None = None
         self.view: View | None = None
@@ -149,7 +152,14 @@ class RunSaved:
         self.tensor = tensor
         self.version = tensor._version if version is None else version
 
+    def move(self, pack: Pack) -> None:
+        """Let what `pack` makes of the tensor stand for it."""
+        if self.tensor is not None and not _is_parameter(self.tensor) and self.tensor._version == self.version:
+            self.away, self.tensor = pack(self.tensor), None
+
     def unpack(self) -> Tensor:
+        if self.away is not None:
+            return _seen(self.away.get(), self.view)
         tensor: Tensor = self.node.saved_tensors[0] if self.tensor is None else self.tensor
         if self.tensor is not None and tensor._version != self.version:
             raise RuntimeError(
@@ -171,7 +181,7 @@ class _Alias(NamedTuple):
 class _Kept(NamedTuple):
     """A result that is held."""
 
-    tensor: Tensor
+    tensor: Tensor | Handle
     version: int
     requires_grad: bool
 
@@ -188,10 +198,17 @@ class Outputs:
         self._parts = [_part(leaf, run) for leaf in leaves]
 
     def tensors(self) -> list[Tensor]:
-        return [part.tensor for part in self._parts if type(part) is _Kept]
+        return [part.tensor for part in self._parts if type(part) is _Kept and isinstance(part.tensor, Tensor)]
+
+    def move(self, pack: Pack) -> None:
+        """Let what `pack` makes of them stand for the results that are held."""
+        for place, part in enumerate(self._parts):
+            tensor = part.tensor if type(part) is _Kept else None
+            if isinstance(tensor, Tensor) and not (_is_changed(part) or _is_parameter(tensor)):
+                self._parts[place] = part._replace(tensor=pack(tensor))
 
     def are_changed(self) -> bool:
-        return any(type(part) is _Kept and part.tensor._version != part.version for part in self._parts)
+        return any(type(part) is _Kept and _is_changed(part) for part in self._parts)
 
     def give(self, inputs: Sequence[Tensor], anchor: Tensor) -> Any:
         leaves = [_given(part, inputs) for part in self._parts]
@@ -214,8 +231,15 @@ def _part(leaf: Any, run: Run) -> Any:
     return leaf
 
 
+def _is_changed(part: _Kept) -> bool:
+    tensor = part.tensor
+    return tensor._version != part.version if isinstance(tensor, Tensor) else tensor.changed
+
+
 def _given(part: Any, inputs: Sequence[Tensor]) -> Any:
     if type(part) is _Kept:
+        if not isinstance(part.tensor, Tensor):
+            return part.tensor.get()
         return part.tensor if _is_parameter(part.tensor) else part.tensor.detach()
     if type(part) is not _Alias:
         return part

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ckpt_trainer.handles import Pack
 from ckpt_trainer.runs import (
     LEFT_ON_ITSELF,
     HoldsTooMuchError,
@@ -105,6 +106,15 @@ class StoredModulesCall:
         """Around the forward of the block."""
         with self._intercepted(self._store):
             yield
+
+    def move(self, pack: Pack) -> None:
+        """After the forward: what is stored is what `pack` made of it."""
+        for packed in (reference() for reference in self._packed):
+            if packed is not None:
+                packed.move(pack)
+        for record in self._all():
+            if record.outputs is not None:
+                record.outputs.move(pack)
 
     @contextmanager
     def reusing(self) -> Iterator[None]:

@@ -32,6 +32,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from ckpt_trainer.block_state import random_state, same_state, set_random_state
 from ckpt_trainer.chosen_ops import ChosenOps, Key, Rule, between_devices, never
+from ckpt_trainer.chunks import mark_of
+from ckpt_trainer.handles import Pack, handles_in, mapped, returned
 from ckpt_trainer.memory import storages_of
 from ckpt_trainer.ops import (
     device_drawn_from,
@@ -85,7 +87,7 @@ class StoredResults:
 
 @dataclass(frozen=True)
 class _Result:
-    """What one op returned, in aliases without a graph."""
+    """What one op returned, in aliases without a graph, or in handles of what may be elsewhere."""
 
     value: Any
     versions: tuple[int, ...]
@@ -96,7 +98,8 @@ class _Result:
     @property
     def changed(self) -> bool:
         # Of a view with a version of its own, the first is 0.
-        return _versions(self.value) != self.versions or any(view._version for view in self.unsafe_views)
+        written = _versions(self.value) != self.versions or any(view._version for view in self.unsafe_views)
+        return written or any(handle.changed for handle in handles_in(self.value))
 
 
 class StoredCall:
@@ -155,7 +158,10 @@ class StoredCall:
 
     def _keep(self, key: Key, result: _Result) -> None:
         self._results[key] = result
-        for storage in (storage for tensor in tensors_in(result.value) for storage in storages_of(tensor)):
+        self._own(key, result.value)
+
+    def _own(self, key: Key, value: Any) -> None:
+        for storage in (storage for tensor in tensors_in(value) for storage in storages_of(tensor)):
             self._owners.setdefault(storage._cdata, set()).add(key)
 
     def _owned(self, value: Any) -> list[tuple[Key, _Result]]:
@@ -168,7 +174,7 @@ class StoredCall:
         """Copy what is stored in the memory of tensors that an op is about to write to."""
         for key, result in self._owned(written):
             if not result.changed:
-                value = _copied(result.value)
+                value = _copied(returned(result.value))
                 self._keep(key, replace(result, value=value, versions=_versions(value), unsafe_views=[]))
 
     def watch(self, viewed: Tensor, view: Tensor) -> None:
@@ -185,6 +191,14 @@ class StoredCall:
                 "that no op shows; it is computed again"
             )
             del self._results[key]
+
+    def move(self, pack: Pack) -> None:
+        """After the forward: what is stored is what `pack` made of it."""
+        for key, result in self._results.items():
+            views = [mark_of(view) for view in result.unsafe_views]
+            value = mapped(pack, result.value)
+            self._results[key] = replace(result, value=value, versions=(), unsafe_views=views)
+        self._owners.clear()
 
     def give_back(self, op: Any, key: Key, args: Any, kwargs: Any, replay: _Reusing) -> Any:
         """What an op returned in the forward; else what it returns now."""
@@ -206,15 +220,18 @@ class StoredCall:
                 "one of the variables needed for gradient computation has been modified by an inplace operation: the "
                 f"result of {self.block.chosen.describe(key)} in block {self.block.name!r}, "
                 f"{[list(tensor.shape) for tensor in tensors_in(result.value)]}, stored for its replay, is at version "
-                f"{[tensor._version for tensor in tensors_in(result.value)]}; expected {list(result.versions)}. Change a "
+                f"{list(_versions(result.value))}; expected {list(result.versions)}. Change a "
                 'copy, or do not store it: checkpointing_modules={"<its name>": "full"}.'
             )
         if result.random is not None:
             set_random_state(*result.random)
         if not replay.keeps:
             del self._results[key]
-            return result.value
-        return _alias(result.value)
+            return returned(result.value)
+        value = _alias(returned(result.value))
+        if handles_in(result.value):
+            self._own(key, value)  # what is lent may be written to
+        return value
 
     def learn(self, reached: set[Key]) -> None:
         """At the end of a replay, let go of what it did not ask for, in later calls of the block too."""
@@ -346,15 +363,11 @@ def _alias(value: Any) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return type(value)(_copied(item) for item in value) if isinstance(value, (tuple, list)) else value
+    return mapped(Tensor.clone, value)
 
 
 def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    return type(value)(_detached(item) for item in value) if isinstance(value, (tuple, list)) else value
+    return mapped(Tensor.detach, value)
 
 
 def _versions(value: Any) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +25,8 @@ from ckpt_trainer.training_args import settings_of
 
 # What makes transformers turn on its own checkpointing; the newer name and the older one.
 _SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
+
+_OFFLOAD_METRICS = ("bytes_out", "bytes_in", "prefetch_hits", "prefetch_misses", "waited_seconds")
 
 _NOTHING = logging.CRITICAL + 1
 
@@ -53,7 +57,7 @@ class CheckpointingMixin(_Base):
     _checkpointing: Checkpointing | None = None
     _checkpointing_use_cache: UseCache | None = None
     _checkpointing_switches: _Switches | None = None
-    _checkpointing_logged: int = 0
+    _checkpointing_logged: Mapping[str, float] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -106,7 +110,7 @@ class CheckpointingMixin(_Base):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._checkpointing = None
-        self._checkpointing_logged = 0
+        self._checkpointing_logged = {}
         with _Switches(self.args) as self._checkpointing_switches:
             try:
                 return super().train(*args, **kwargs)
@@ -148,11 +152,16 @@ class CheckpointingMixin(_Base):
 
     def _checkpointing_metrics(self, checkpointing: Checkpointing) -> dict[str, float]:
         report = checkpointing.report()
-        replays = report["recomputed_blocks"]
         metrics = dict(report["memory"])
+        # Of these, what came since the last time.
+        totals = {f"offload_{key}": report["offload"][key] for key in _OFFLOAD_METRICS if report["offload"]}
         if report["calls"]:  # none are seen where the model is compiled
-            metrics["recomputed_blocks"] = replays - self._checkpointing_logged
-        self._checkpointing_logged = replays
+            totals["recomputed_blocks"] = report["recomputed_blocks"]
+        metrics |= {key: total - self._checkpointing_logged.get(key, 0) for key, total in totals.items()}
+        self._checkpointing_logged = totals
+        if report["offload"]:
+            metrics["offload_host_peak_bytes"] = report["offload"]["host_peak_bytes"]
+            metrics["offload_kept_bytes"] = sum(kept["bytes"] for kept in report["offload"]["kept"].values())
         if report["recomputed_flops_share"] is not None:
             metrics["recomputed_flops_share"] = round(report["recomputed_flops_share"], 4)
         return {f"checkpointing/{key}": value for key, value in metrics.items()}

@@ -1,8 +1,10 @@
-"""The flags: fields, help, and `settings_of`, their only reader; single values are checked by `flag_values`.
+"""The flags: fields, help, and `settings_of`, their only reader.
+
+Single values are checked by `flag_values`, what they mean together by `flag_rules`.
 
 Below the trainer there is no `TrainingArguments`, only the `Settings` made here. HF has its own spelling of some of
 these flags (`gradient_checkpointing`, in 5.x `activation_checkpointing`, and their kwargs); a script that uses it gets
-what it asks for.
+what it asks for. Their key `offload` set to True asks for mode `offload`, with or without the flag; False is no word.
 
 NOTE [whose word counts]
 Nobody records which fields a user passed, so a value that equals the default of the args class is taken as not said
@@ -22,6 +24,7 @@ from typing import Any, cast
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
+from ckpt_trainer.flag_rules import refuse_combinations, without_effect
 from ckpt_trainer.flag_values import (
     FLAG_CHECKS,
     HF_OPTIONS,
@@ -29,13 +32,15 @@ from ckpt_trainer.flag_values import (
     check_bool,
     from_json_list,
     nearest,
+    read_budget,
     read_dict,
+    read_folder,
     read_modules,
     read_plan,
     read_save,
     read_segment,
 )
-from ckpt_trainer.plan import DEFAULT_SAVE, Settings
+from ckpt_trainer.plan import Settings
 
 logger = logging.get_logger(__name__)
 
@@ -60,8 +65,8 @@ class CheckpointingArguments:
         default=None,
         metadata={
             "help": "What happens to the activations of each block: `none` stores them all, `full` stores the inputs of "
-            "the block and rebuilds the rest in backward, `selective` stores what checkpointing_save names besides. Not "
-            "set: `full`."
+            "the block and rebuilds the rest in backward, `selective` stores what checkpointing_save names besides, "
+            "`offload` stores what checkpointing_offload_save names off the device. Not set: `full`."
         },
     )
     checkpointing_modules: dict[str, Any] | str | None = field(
@@ -99,6 +104,36 @@ class CheckpointingArguments:
             "of a run has one."
         },
     )
+    checkpointing_offload_save: str = field(
+        default="inputs",
+        metadata={
+            "help": "offload: what is stored of a block, off the device. `inputs`: the rest is rebuilt in backward, as by "
+            "`full`; a tier of checkpointing_save, such as `attention`: as by `selective`; `all`: nothing is rebuilt."
+        },
+    )
+    checkpointing_offload_to: str = field(
+        default="host",
+        metadata={
+            "help": "offload: where to. `host`: pinned host memory; `pageable`: host memory that is not pinned, which is "
+            "slow; `disk`: a file in checkpointing_offload_dir, by way of host memory."
+        },
+    )
+    checkpointing_offload_dir: str | None = field(
+        default=None,
+        metadata={"help": "offload to `disk`: an existing folder, on a fast local disk. Nothing is left in it."},
+    )
+    # None comes last here, too. An int is a float to type checkers, and a size in bytes.
+    checkpointing_host_budget: float | str | None = field(
+        default=0.8,
+        metadata={
+            "help": "offload: host memory to be used at most, by each process: a share of what is available, divided by "
+            "the processes of the machine, or a size such as '64GiB'. What does not fit stays on the device."
+        },
+    )
+    checkpointing_prefetch: int = field(
+        default=1,
+        metadata={"help": "offload: how many blocks ahead of backward are brought back to the device, from 0 up."},
+    )
     checkpointing_skip_frozen: bool = field(
         default=True,
         metadata={"help": "Run frozen blocks below the first trainable parameter without graph, recompute, backward."},
@@ -130,8 +165,9 @@ class CheckpointingArguments:
             self.checkpointing_modules = read_dict("checkpointing_modules", self.checkpointing_modules)
         self.checkpointing_save = from_json_list(self.checkpointing_save)
         self.checkpointing_segment = read_segment("checkpointing_segment", self.checkpointing_segment)
-        if isinstance(self.checkpointing_plan, os.PathLike):
-            self.checkpointing_plan = os.fspath(self.checkpointing_plan)
+        for name in ("checkpointing_plan", "checkpointing_offload_dir"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
         self.settings()
         self._constructed = True
 
@@ -166,7 +202,7 @@ _DEFAULTS: dict[str, Any] = {flag.name: flag.default for flag in fields(Checkpoi
 def settings_of(args: TrainingArguments) -> Settings:
     """What the flags of `args` ask for, HF's spelling included; validated, whenever they were set.
 
-    Warns once where flags were given that nothing can follow from, because no block is checkpointed.
+    Warns once where flags were given that nothing can follow from.
 
     Args:
         args: Ours or any `TrainingArguments`; where it has no flags of ours, they have their defaults.
@@ -183,30 +219,35 @@ def settings_of(args: TrainingArguments) -> Settings:
         theirs = (f"{label}[{key!r}]={options[key]!r}", options[key], options_said) if key in options else None
         return _settle(args, flag, own[flag], theirs)
 
-    hf_flag = _read_hf_flag(args)
-    save = read_save("checkpointing_save", own["checkpointing_save"])
+    hf_mode = _read_hf_mode(args, label, options, options_said)
+    save, offload_save = read_save("checkpointing_save", own["checkpointing_save"]), own["checkpointing_offload_save"]
     settings = Settings(
-        mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], hf_flag) or "full",
-        modules=read_modules("checkpointing_modules", own["checkpointing_modules"], save),
+        mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], hf_mode) or "full",
+        modules=read_modules("checkpointing_modules", own["checkpointing_modules"], save, offload_save),
         every_n=settle("checkpointing_every_n", "every_n_layers"),
         save=save,
         segment=read_segment("checkpointing_segment", own["checkpointing_segment"]),
         plan=read_plan("checkpointing_plan", own["checkpointing_plan"], only_files=isinstance(args, TrainingArguments)),
+        offload_save=offload_save,
+        offload_to=own["checkpointing_offload_to"],
+        offload_dir=read_folder("checkpointing_offload_dir", own["checkpointing_offload_dir"]),
+        host_budget=read_budget("checkpointing_host_budget", own["checkpointing_host_budget"]),
+        prefetch=own["checkpointing_prefetch"],
         skip_frozen=own["checkpointing_skip_frozen"],
         use_reentrant=settle("checkpointing_use_reentrant", "use_reentrant"),
         input_grads=own["checkpointing_input_grads"],
         self_check=own["checkpointing_self_check"],
         preserve_rng_state=options.get("preserve_rng_state"),
         use_cache=getattr(args, "use_cache", None),
-        named=own["checkpointing_mode"] is not None or (hf_flag is not None and hf_flag[2]),
+        named=own["checkpointing_mode"] is not None or (hf_mode is not None and hf_mode[2]),
         checkpoint_options={key: options[key] for key in TORCH_OPTIONS if key in options},
     )
     if settings.plan is not None:
-        spelled = {hf_flag[0]: hf_flag[2]} if hf_flag else {}
+        spelled = {hf_mode[0]: hf_mode[2]} if hf_mode else {}
         spelled[f"{label}['every_n_layers']"] = options_said and "every_n_layers" in options
         _refuse_beside_plan(args, [text for text, said in spelled.items() if said])
-    _refuse_combinations(settings, label)
-    _warn_without_effect(settings, own, label if options and options_said else "")
+    refuse_combinations(settings, label)
+    _warn_without_effect(args, settings, label if options and options_said else "")
     return settings
 
 
@@ -222,7 +263,8 @@ def settings_of_flags(flags: Mapping[str, Any]) -> Settings:
     for flag in flags:
         if flag not in names and flag not in options:
             valid = [*names, *options]
-            raise TypeError(f"{flag!r} is not one of {', '.join(valid)}. Did you mean {nearest(flag, valid)!r}?")
+            near = "mode='offload'" if flag == "offload" else repr(nearest(flag, valid))
+            raise TypeError(f"{flag!r} is not one of {', '.join(valid)}. Did you mean {near}?")
     arguments = CheckpointingArguments(**{f"checkpointing_{name}": flags[name] for name in names if name in flags})
     arguments.gradient_checkpointing_kwargs = {name: flags[name] for name in options if name in flags}
     return arguments.settings()
@@ -254,6 +296,21 @@ def _read_hf_flag(args: TrainingArguments) -> tuple[str, str, bool] | None:
     return (f"{asked[0]}=True", "full", said) if asked else None
 
 
+def _read_hf_mode(
+    args: TrainingArguments, label: str, options: Mapping[str, Any], options_said: bool
+) -> tuple[str, str, bool] | None:
+    """The mode that HF's flag asks for, or the key `offload` of its kwargs in its place."""
+    flag = _read_hf_flag(args)
+    own_said = getattr(args, "checkpointing_mode", None) not in (None, _default_of(args, "checkpointing_mode"))
+    # Kwargs that are a default of the args class do not make what the user said of the mode twice a conflict.
+    if not options.get("offload") or (own_said and not options_said):
+        return flag
+    text = f"{label}['offload']=True"
+    if flag is None:
+        return text, "offload", options_said
+    return f"{flag[0]} with {text}", "offload", options_said or flag[2]
+
+
 def _read_hf_kwargs(args: TrainingArguments) -> tuple[str, dict[str, Any], bool]:
     """How the user may have called it, its checked content, and whether it is the user's word."""
     given = {name: kwargs for name, value in _spelled(args, _HF_KWARGS).items() if (kwargs := read_dict(name, value))}
@@ -280,6 +337,21 @@ def _default_of(args: TrainingArguments, name: str) -> Any:
     return declared.default if declared.default_factory is MISSING else declared.default_factory()
 
 
+def _warn_without_effect(args: TrainingArguments, settings: Settings, kwargs: str) -> None:
+    said = [flag for flag in _DEFAULTS if _is_said(args, flag, settings)]
+    idle = without_effect(settings, said, kwargs)
+    if idle:
+        where = f"checkpointing_mode={settings.mode!r}" if settings.plan is None else "this checkpointing_plan"
+        logger.warning_once(f"No effect in {where}: {', '.join(idle)}. Remove it or set a mode.")
+
+
+def _is_said(args: TrainingArguments, flag: str, settings: Settings) -> bool:
+    """Whether a flag is neither what it is by default nor a default of the args class."""
+    name = flag.removeprefix("checkpointing_")
+    differs: bool = getattr(settings, name) != getattr(Settings(), name)
+    return differs and getattr(args, flag, None) != _default_of(args, flag)
+
+
 def _settle(args: TrainingArguments, flag: str, value: Any, theirs: tuple[str, Any, bool] | None) -> Any:
     """The value that counts, see NOTE [whose word counts]. `theirs`: how HF's spelling reads, its value, was it said."""
     if theirs is None:
@@ -302,59 +374,11 @@ def _refuse_beside_plan(args: TrainingArguments, said: Sequence[str]) -> None:
         raise ValueError(f"{named} and {[*given, *said][0]} both say what is done to each block. Remove one of them.")
 
 
-def _refuse_combinations(settings: Settings, label: str) -> None:
-    refused = [key for key in ("context_fn", "debug") if settings.checkpoint_options.get(key)]
-    if settings.use_reentrant and refused:
-        raise ValueError(
-            f"{label}: use_reentrant=True cannot be combined with {', '.join(refused)}. Remove one of them."
-        )
-    selective = _who_says_selective(settings)
-    segment = f"checkpointing_segment={settings.segment!r}" if settings.segment != 1 else None
-    needing = selective or segment
-    if settings.use_reentrant and needing:
-        raise ValueError(
-            f"{needing} needs the non-reentrant variant of torch's checkpoint. Remove use_reentrant=True (in "
-            f"checkpointing_use_reentrant or {label or _HF_KWARGS[0]}), or {needing}."
-        )
-    if selective and "context_fn" in refused:
-        raise ValueError(f"{label}['context_fn'] and {selective} are two selections of what is stored. Remove one.")
-
-
-def _who_says_selective(settings: Settings) -> str | None:
-    if settings.plan is not None:
-        return "a selective block in checkpointing_plan" if settings.plan.count("selective") else None
-    if settings.mode == "selective":
-        return "checkpointing_mode='selective'"
-    parts = [part.name for part in settings.modules if part.mode == "selective"]
-    return f"'selective' in checkpointing_modules[{parts[0]!r}]" if parts else None
-
-
-def _warn_without_effect(settings: Settings, own: Mapping[str, Any], label: str) -> None:
-    """Say once which flags nothing follows from. `label`: HF's kwargs, if they were given."""
-    modes = [settings.mode, *(part.mode for part in settings.modules)]
-    kinds = (
-        [_KIND[mode] for mode in modes] if settings.plan is None else [a.kind for a in settings.plan.actions.values()]
-    )
-    idle = []
-    if not {"selective", "recompute"} & set(kinds):
-        every_n = settings.plan is None and own["checkpointing_every_n"] != 1
-        given = {label: label, "checkpointing_every_n": every_n, "checkpointing_modules": settings.modules}
-        idle += [flag for flag, value in given.items() if value]
-    follows = settings.mode == "selective" or any(
-        p.mode == "selective" and p.save == settings.save for p in settings.modules
-    )
-    if settings.plan is None and settings.save != DEFAULT_SAVE and not follows:
-        idle.append("checkpointing_save (of mode 'selective')")
-    if settings.segment != 1 and "recompute" not in kinds:
-        idle.append("checkpointing_segment (of mode 'full')")
-    elif settings.segment != 1 and settings.every_n != 1 and settings.plan is None:
-        idle.append("checkpointing_segment (with every_n there are no recomputed blocks in a row)")
-    if idle:
-        where = f"checkpointing_mode={settings.mode!r}" if settings.plan is None else "this checkpointing_plan"
-        logger.warning_once(f"No effect in {where}: {', '.join(idle)}. Remove it or set a mode.")
-
-
-_KIND = {"none": "keep", "selective": "selective", "full": "recompute"}
-
 # What else than a plan says what is done to each block.
-_PLANNING = ("checkpointing_mode", "checkpointing_modules", "checkpointing_every_n", "checkpointing_save")
+_PLANNING = (
+    "checkpointing_mode",
+    "checkpointing_modules",
+    "checkpointing_every_n",
+    "checkpointing_save",
+    "checkpointing_offload_save",
+)

@@ -7,12 +7,18 @@ import pytest
 from ckpt_trainer.plan import (
     KEEP,
     KINDS,
+    MODES,
+    OFFLOAD_SAVES,
+    PLACES,
+    PLANNED_MODES,
     RECOMPUTE,
     SELECTIVE,
     TIERS,
     Action,
     Plan,
+    Settings,
     fold_names,
+    offload_action,
     read_save,
 )
 
@@ -36,11 +42,55 @@ def test_only_selective_stores_by_name(kind):
 @pytest.mark.parametrize(
     ("kind", "hint"),
     [("full", r" Did you mean 'recompute'\?$"), ("none", r" Did you mean 'keep'\?$"), ("x", "$"), (["keep"], "$"),
-     (None, "$")],
+     (None, "$"), ("offload", r" Did you mean 'recompute@host'\?$"), ("cpu", "$")],
 )  # fmt: skip
 def test_an_unknown_kind_lists_all(kind, hint):
     with pytest.raises(ValueError, match=r"is not one of keep, selective, recompute\." + hint):
         Action(kind)
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [("cpu", r" Did you mean 'host'\?$"), ("pageable", r" Did you mean 'host'\?$"),
+     ("nvme", r" Did you mean 'disk'\?$"), ("", "$"), ("Host", "$"), (None, "$"), (["host"], "$"), ("full", "$")],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_place_lists_all(kind, place, hint):
+    with pytest.raises(ValueError, match=r"^place .* is not one of device, host, disk\." + hint):
+        Action(kind, place=place)
+
+
+def test_places():
+    assert PLACES == ("device", "host", "disk")
+    assert Action("keep").place == SELECTIVE.place == RECOMPUTE.place == "device"
+    assert Action("recompute", place="host") != RECOMPUTE
+    assert Action("keep", "", (), "disk") == Action("keep", place="disk")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", PLACES)
+def test_only_what_is_kept_on_the_device_is_left_alone(kind, place):
+    action = Action(kind, "why", place=place)
+    assert action.does_nothing is (kind == "keep" and place == "device")
+    assert Plan({"a": KEEP, "b": action}).is_active is not action.does_nothing
+
+
+def test_the_modes_there_are():
+    assert MODES == ("none", "selective", "full", "offload")
+    assert PLANNED_MODES == ("auto",)
+
+
+@pytest.mark.parametrize("place", ["host", "disk"])
+def test_what_mode_offload_does_to_a_block(place):
+    assert OFFLOAD_SAVES == ("inputs", "expensive", "matmul", "half_matmul", "attention", "all")
+    assert [str(offload_action(save, place)) for save in OFFLOAD_SAVES] == [
+        f"{what}@{place}" for what in ("recompute", *(f"selective:{tier}" for tier in TIERS), "keep")
+    ]
+
+
+@pytest.mark.parametrize(("target", "place"), [("host", "host"), ("pageable", "host"), ("disk", "disk")])
+def test_the_place_of_mode_offload(target, place):
+    assert Settings(offload_to=target).offload_place == place
 
 
 ACTIONS = [
@@ -55,13 +105,26 @@ ACTIONS = [
         "selective:mm,attention (why)",
         {"kind": "selective", "save": ["mm", "attention"], "reason": "why"},
     ),
+    (Action("recompute", place="host"), "recompute@host", "recompute@host"),
+    (Action("keep", place="disk"), "keep@disk", "keep@disk"),
+    (
+        Action("selective", save=("mm", "mlp.*"), place="host"),
+        "selective:mm,mlp.*@host",
+        "selective:mm,mlp.*@host",
+    ),
+    (Action("keep", "why", place="host"), "keep@host (why)", {"kind": "keep", "place": "host", "reason": "why"}),
+    (
+        Action("selective", "why", place="disk"),
+        "selective:expensive@disk (why)",
+        {"kind": "selective", "save": ["expensive"], "place": "disk", "reason": "why"},
+    ),
 ]
 
 
 @pytest.mark.parametrize(("action", "text", "entry"), ACTIONS)
 def test_actions_as_text_and_in_json(action, text, entry):
     assert str(action) == text
-    assert Action.from_text(action.short) == Action(action.kind, save=action.save)
+    assert Action.from_text(action.short) == Action(action.kind, save=action.save, place=action.place)
     plan = Plan({"a": action})
     assert plan.as_data() == json.loads(plan.to_json()) == {"blocks": {"a": entry}}
     assert Plan.from_json(plan.to_json()) == plan
@@ -70,7 +133,12 @@ def test_actions_as_text_and_in_json(action, text, entry):
 def test_text_of_an_action_may_leave_out_the_tier():
     assert Action.from_text("selective") == SELECTIVE
     assert Action.from_text("selective: mm , attention").save == ("mm", "attention")
+    assert Action.from_text("selective@host") == Action("selective", save=("expensive",), place="host")
     assert {Action.from_text(kind).kind for kind in KINDS} == set(KINDS)
+
+
+def test_text_of_an_action_may_say_that_it_is_on_the_device():
+    assert [Action.from_text(f"{kind}@device") for kind in KINDS] == [KEEP, SELECTIVE, RECOMPUTE]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +147,14 @@ def test_text_of_an_action_may_leave_out_the_tier():
         ("keep:mm", r"action 'keep' cannot have save=\('mm',\)"),
         ("selective:", r"'' is not one of expensive, matmul, half_matmul, attention, or a list of op names"),
         ("selectiv:mm", "action 'selectiv' is not one of"),
+        ("recompute@", "place '' is not one of device, host, disk"),
+        ("@host", "action '' is not one of"),
+        ("recompute@hots", "place 'hots' is not one of device, host, disk"),
+        ("recompute@host@disk", "place 'host@disk' is not one of"),
+        ("keep:mm@host", r"action 'keep' cannot have save=\('mm',\)"),
+        ("selective:@host", "'' is not one of expensive, matmul"),
+        ("selective:atention@host", "'atention' is not a tier"),
+        ("offload:attention", "Did you mean 'recompute@host'"),
         ("selective:atention", "'atention' is not a tier. Did you mean 'attention'"),
     ],
 )
@@ -155,6 +231,8 @@ def test_a_plan_is_active_where_one_block_is_not_kept():
      ('{"blocks": {"a": {"king": "keep"}}}', "plan entry for block 'a'"), ("{", "this text is not JSON"),
      ('{"blocks": {"a": 3}}', "plan entry for block 'a' is 3: action 3 is not one of"),
      ('{"blocks": {"a": "full"}}', "Did you mean 'recompute'?"),
+     ('{"blocks": {"a": "keep@cpu"}}', "plan entry for block 'a' is 'keep@cpu': place 'cpu' is not one of"),
+     ('{"blocks": {"a": {"kind": "keep", "place": 3}}}', "plan entry for block 'a' is .* place 3 is not one of"),
      ('{"blocks": {"a": "selective:expnsive"}}', "plan entry for block 'a' is 'selective:expnsive': 'expnsive' is not a"),
      ('{"blocks": {"a": {"kind": "selective", "save": [3]}}}', "plan entry for block 'a' is "),
      ('{"blocks": {"a": {"kind": "keep", "save": "mm"}}}', "only 'selective' stores by name")],
@@ -166,7 +244,9 @@ def test_bad_json_says_what_is_wrong(text, message):
 
 def test_the_table_folds_equal_neighbours():
     some = {f"m.layers.{i}": Action("selective", save=("mm",)) for i in (3, 4)}
+    moved = Action("recompute", place="host")
     plan = Plan({**{f"m.layers.{i}": RECOMPUTE for i in range(3)}, **some, "m.layers.5": SELECTIVE, "head": KEEP})
+    plan = Plan({**plan.actions, "m.layers.6": moved, "m.layers.7": moved})
     assert str(plan).splitlines() == [
         "blocks        number  action",
         "------------  ------  -------------------",
@@ -174,6 +254,7 @@ def test_the_table_folds_equal_neighbours():
         "m.layers.3-4  2       selective:mm",
         "m.layers.5    1       selective:expensive",
         "head          1       keep",
+        "m.layers.6-7  2       recompute@host",
     ]
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from ckpt_trainer import CheckpointedTrainer, CheckpointingMixin, CheckpointTrainingArguments, checkpointing
 from ckpt_trainer.blocks import Block, find_blocks
 from ckpt_trainer.engine import Checkpointing
-from ckpt_trainer.plan import FROZEN, KEEP, MODES, RECOMPUTE, SELECTIVE, Action, Part, Plan, Settings
+from ckpt_trainer.plan import FROZEN, KEEP, MODES, OFFLOAD_SAVES, RECOMPUTE, SELECTIVE, Action, Part, Plan, Settings
 from ckpt_trainer.policies import POLICIES, make_plan, plan_from
 from ckpt_trainer.recompute import Tally
 from ckpt_trainer.report import explain_no_effect, first_line, memory_report
@@ -49,6 +49,47 @@ def test_none_and_full_and_selective():
     assert kinds(make_plan(some, Settings(mode="none"))) == ["keep"] * 3
     assert kinds(make_plan(some, Settings(mode="full"))) == ["recompute"] * 3
     assert make_plan(some, Settings(mode="selective")).actions == dict.fromkeys(["l.0", "l.1", "l.2"], SELECTIVE)
+
+
+MOVED = ["recompute", "selective:expensive", "selective:matmul", "selective:half_matmul", "selective:attention", "keep"]
+
+
+@pytest.mark.parametrize(("save", "text"), list(zip(OFFLOAD_SAVES, MOVED, strict=True)))
+@pytest.mark.parametrize(("target", "place"), [("host", "host"), ("pageable", "host"), ("disk", "disk")])
+def test_offload(save, text, target, place):
+    settings = Settings(mode="offload", offload_save=save, offload_to=target, save=("mm",))
+    plan = make_plan(blocks(("l", "text", 2)), settings)
+    assert texts(plan) == [f"{text}@{place}"] * 2
+    assert plan.is_active
+
+
+def test_offload_with_every_n_and_frozen_blocks():
+    some = blocks(("v", "vision", 2), ("l", "text", 3))
+    plan = make_plan(some, Settings(mode="offload", every_n=2))
+    kept = "keep (every_n=2)"
+    assert texts(plan) == ["recompute@host", kept, "recompute@host", kept, "recompute@host"]
+    assert [action.does_nothing for action in plan.actions.values()] == [False, True, False, True, False]
+    model = llama(2)
+    model.model.layers[0].requires_grad_(False)
+    plan = make_plan(find_blocks(model), Settings(mode="offload", offload_save="all"))
+    assert texts(plan) == [f"keep@host ({FROZEN})", "keep@host"]
+
+
+def test_each_part_moves_what_it_says():
+    some = blocks(("v", "vision", 2), ("l", "text", 4))
+    modules = (
+        Part("v.0", "selective", ("mm",)),
+        Part("vision", "full"),
+        Part("l.1", "offload", offload_save="attention"),
+        Part("l.2", "offload", offload_save="all"),
+        Part("l.3", "none"),
+    )
+    plan = make_plan(some, Settings(mode="offload", modules=modules, offload_to="disk", offload_dir="/"))
+    assert texts(plan) == [
+        *("selective:mm", "recompute", "recompute@disk", "selective:attention@disk", "keep@disk", "keep")
+    ]
+    plan = make_plan(some, Settings(mode="full", modules=(Part("text", "offload"),)))
+    assert texts(plan) == ["recompute"] * 2 + ["recompute@host"] * 4
 
 
 def test_every_n_counts_each_stack_by_itself():
@@ -156,7 +197,9 @@ def test_a_plan_for_a_model_without_blocks_is_refused():
 
 def test_a_policy_is_asked_once_for_each_block_in_order():
     some = blocks(("v", "vision", 1), ("l", "text", 4))
+    some += blocks(("m", "text", 2))
     answers = {"v.0": KEEP, "l.0": "recompute", "l.1": "selective:mm,attention", "l.2": Action("keep", "why")}
+    answers |= {"m.0": "recompute@host", "m.1": Action("keep", "why", place="host")}
     asked = []
 
     def policy(block):
@@ -164,7 +207,10 @@ def test_a_policy_is_asked_once_for_each_block_in_order():
         return answers.get(block.name)
 
     plan = make_plan(some, Settings(mode="selective", save=("matmul",)), policy)
-    assert texts(plan) == ["keep", "recompute", "selective:mm,attention", "keep (why)", "selective:matmul"]
+    assert texts(plan) == [
+        *("keep", "recompute", "selective:mm,attention", "keep (why)", "selective:matmul"),
+        *("recompute@host", "keep@host (why)"),
+    ]
     assert asked == some
 
 
@@ -189,6 +235,8 @@ def test_a_policy_that_returns_something_else_is_told_for_which_block(answer):
         ("full", "action 'full' is not one of keep, selective, recompute. Did you mean 'recompute'?"),
         ("selective:expnsive", "'expnsive' is not a tier. Did you mean 'expensive'?"),
         ("", "action '' is not one of keep, selective, recompute."),
+        ("recompute@cpu", "place 'cpu' is not one of device, host, disk. Did you mean 'host'?"),
+        ("offload", "action 'offload' is not one of keep, selective, recompute. Did you mean 'recompute@host'?"),
     ],
 )
 def test_a_policy_that_returns_bad_text_is_told_for_which_block(answer, message):
@@ -225,7 +273,23 @@ def test_a_selective_answer_needs_what_the_mode_needs(settings, remove):
     some = blocks(("l", "text", 2))
     with pytest.raises(ValueError, match=r"returned 'selective:mm' for block 'l\.1', .*" + remove):
         make_plan(some, settings, lambda block: "selective:mm" if block.name == "l.1" else "recompute")
+    with pytest.raises(ValueError, match=r"returned 'selective:mm@host' for block 'l\.0', .*" + remove):
+        make_plan(some, settings, lambda block: "selective:mm@host")
     assert kinds(make_plan(some, settings, lambda block: "recompute")) == ["recompute"] * 2
+    moved = iter(["recompute@host", "keep@host"])
+    assert texts(make_plan(some, settings, lambda block: next(moved))) == ["recompute@host", "keep@host"]
+
+
+def test_an_answer_on_disk_needs_a_folder():
+    some = blocks(("l", "text", 2))
+    with pytest.raises(ValueError) as caught:
+        make_plan(some, Settings(), lambda block: "keep@disk" if block.name == "l.1" else "recompute@host")
+    assert str(caught.value) == (
+        "checkpointing_policy returned 'keep@disk' for block 'l.1', which needs a folder. Set checkpointing_offload_dir, "
+        "or return '...@host'."
+    )
+    plan = make_plan(some, Settings(offload_dir="/"), lambda block: "keep@disk")
+    assert texts(plan) == ["keep@disk"] * 2
 
 
 # In a loop of one's own.

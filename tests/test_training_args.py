@@ -3,12 +3,14 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pickle
+import tempfile
 
 import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
-from ckpt_trainer.plan import RECOMPUTE, SELECTIVE, Action, Part, Plan, Settings
+from ckpt_trainer.plan import OFFLOAD_SAVES, RECOMPUTE, SELECTIVE, TIERS, Action, Part, Plan, Settings
 from ckpt_trainer.training_args import (
     CheckpointingArguments,
     CheckpointSeq2SeqTrainingArguments,
@@ -27,6 +29,11 @@ FLAGS = {
     "checkpointing_save": "expensive",
     "checkpointing_segment": 1,
     "checkpointing_plan": None,
+    "checkpointing_offload_save": "inputs",
+    "checkpointing_offload_to": "host",
+    "checkpointing_offload_dir": None,
+    "checkpointing_host_budget": 0.8,
+    "checkpointing_prefetch": 1,
     "checkpointing_skip_frozen": True,
     "checkpointing_use_reentrant": False,
     "checkpointing_input_grads": "auto",
@@ -39,6 +46,9 @@ NEW_NAMES = "activation_checkpointing" in HF_FIELDS  # transformers 5.x
 needs_new_names = pytest.mark.skipif(not NEW_NAMES, reason="transformers 4.57 has the gradient_* names only")
 NAMES = ["activation_checkpointing", "gradient_checkpointing"] if NEW_NAMES else ["gradient_checkpointing"]
 KWARGS = [f"{name}_kwargs" for name in NAMES]
+
+
+FOLDER = tempfile.gettempdir()
 
 
 def contexts():
@@ -117,12 +127,17 @@ def test_the_defaults_of_the_flags_are_those_of_settings(make):
     assert make().settings() == settings_of(make(TrainingArguments)) == expected()
 
 
-def test_every_flag_becomes_a_setting(make):
+def test_every_flag_becomes_a_setting(make, tmp_path):
     args = make(
         checkpointing_mode="none",
         checkpointing_modules={"vision": "full", "*.layers.3": "none"},
         checkpointing_every_n=2,
         checkpointing_save=["mm", "mlp.*"],
+        checkpointing_offload_save="attention",
+        checkpointing_offload_to="disk",
+        checkpointing_offload_dir=str(tmp_path),
+        checkpointing_host_budget="64GiB",
+        checkpointing_prefetch=2,
         checkpointing_skip_frozen=False,
         checkpointing_use_reentrant=True,
         checkpointing_input_grads="never",
@@ -133,6 +148,11 @@ def test_every_flag_becomes_a_setting(make):
         modules=(Part("vision", "full"), Part("*.layers.3", "none")),
         every_n=2,
         save=("mm", "mlp.*"),
+        offload_save="attention",
+        offload_to="disk",
+        offload_dir=str(tmp_path),
+        host_budget=64 * 2**30,
+        prefetch=2,
         skip_frozen=False,
         use_reentrant=True,
         input_grads="never",
@@ -168,6 +188,45 @@ def test_command_line_sets_every_flag(parse):
         input_grads="always",
         self_check=False,
     )
+
+
+def test_command_line_sets_every_flag_of_offload(parse, tmp_path):
+    settings = parse(
+        *("--checkpointing_mode", "offload", "--checkpointing_offload_save", "attention"),
+        *("--checkpointing_offload_to", "disk", "--checkpointing_offload_dir", str(tmp_path)),
+        *("--checkpointing_host_budget", "1.5 MiB", "--checkpointing_prefetch", "0"),
+    ).settings()
+    assert settings == expected(
+        mode="offload",
+        offload_save="attention",
+        offload_to="disk",
+        offload_dir=str(tmp_path),
+        host_budget=3 * 2**19,
+        prefetch=0,
+    )
+    assert settings.offload_place == "disk"
+
+
+BUDGETS = [
+    (0.8, 0.8), ("0.8", 0.8), (1, 1.0), ("1", 1.0), (1.0, 1.0), ("1.0", 1.0), (1e-3, 0.001), ("0.25", 0.25),
+    (0, 0), ("0", 0), ("0B", 0), ("64GiB", 2**36), ("64 GiB", 2**36), ("1.5MiB", 3 * 2**19), ("512MB", 512 * 10**6),
+    (4096, 4096), ("4096", 4096), (2**40, 2**40), ("64B", 64), ("1B", 1), (None, 0.8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "budget"), BUDGETS)
+def test_a_budget_is_a_share_or_a_size(make, value, budget):
+    args = make(checkpointing_mode="offload", checkpointing_host_budget=value)
+    found = args.settings().host_budget
+    assert (found, type(found)) == (budget, type(budget))
+    assert args.checkpointing_host_budget == value  # as it was given
+
+
+@pytest.mark.parametrize(("value", "budget"), [case for case in BUDGETS if isinstance(case[0], str)])
+def test_command_line_takes_a_budget_as_it_is(parse, value, budget):
+    args = parse("--checkpointing_mode", "offload", "--checkpointing_host_budget", value)
+    found = args.settings().host_budget
+    assert (found, type(found)) == (budget, type(budget))
 
 
 def test_command_line_modules_become_a_dict(parse):
@@ -261,6 +320,25 @@ FILES = [
         expected(mode="selective", save=("mm", "attention")),
     ),
     (
+        {"checkpointing_mode": "offload", "checkpointing_host_budget": 0.5, "checkpointing_prefetch": 3,
+         "checkpointing_modules": {"text": "offload:attention"}, "checkpointing_offload_dir": None},
+        expected(mode="offload", modules=(Part("text", "offload", offload_save="attention"),), host_budget=0.5,
+                 prefetch=3),
+    ),
+    (
+        {"checkpointing_mode": "offload", "checkpointing_host_budget": "20GiB", "checkpointing_offload_save": "all",
+         "checkpointing_offload_to": "pageable"},
+        expected(mode="offload", offload_save="all", offload_to="pageable", host_budget=20 * 2**30),
+    ),
+    (
+        {"checkpointing_mode": "full", "gradient_checkpointing_kwargs": {"offload": False}},
+        expected(mode="full"),
+    ),
+    (
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True, "every_n_layers": 2}},
+        expected(mode="offload", every_n=2),
+    ),
+    (
         {"checkpointing_segment": "sqrt", "checkpointing_save": None, "checkpointing_modules": None},
         expected(segment="sqrt"),
     ),
@@ -297,6 +375,74 @@ def test_files_and_dicts(tmp_path, suffix, content, settings):
 def test_parts_store_what_they_say_or_what_all_do(make, mode, part):
     args = make(checkpointing_modules={"text": mode}, checkpointing_save="attention,mm", checkpointing_mode="selective")
     assert args.settings().modules == (part,)
+
+
+@pytest.mark.parametrize(
+    ("mode", "part"),
+    [("offload", Part("text", "offload", offload_save="half_matmul")),
+     *((f"offload:{save}", Part("text", "offload", offload_save=save)) for save in OFFLOAD_SAVES),
+     ("selective", Part("text", "selective")), ("full", Part("text", "full"))],
+)  # fmt: skip
+def test_parts_offload_what_they_say_or_what_all_do(make, mode, part):
+    args = make(
+        checkpointing_modules={"text": mode}, checkpointing_offload_save="half_matmul", checkpointing_mode="offload"
+    )
+    assert args.settings().modules == (part,)
+
+
+@pytest.mark.parametrize("folder", ["str", "path", "relative", "home"])
+def test_the_folder_becomes_an_absolute_path(make, tmp_path, monkeypatch, folder):
+    inner = tmp_path / "spill"
+    inner.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    value = {"str": str(inner), "path": inner, "relative": "spill", "home": "~/spill"}[folder]
+    args = make(checkpointing_mode="offload", checkpointing_offload_to="disk", checkpointing_offload_dir=value)
+    assert isinstance(args.checkpointing_offload_dir, str)
+    json.loads(args.to_json_string())
+    assert args.settings().offload_dir == str(inner)
+    assert list(inner.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_used_is_refused(make, tmp_path, monkeypatch):
+    def refusal(folder):
+        with pytest.raises(ValueError) as caught:
+            make(checkpointing_mode="offload", checkpointing_offload_to="disk", checkpointing_offload_dir=folder)
+        return str(caught.value)
+
+    missing, file = str(tmp_path / "no"), tmp_path / "file"
+    file.touch()
+    name = "checkpointing_offload_dir"
+    assert refusal(missing) == (
+        f"{name}={missing!r}: {missing} does not exist. Make it, or set {name} to a folder that exists."
+    )
+    assert refusal(str(file)).startswith(f"{name}={str(file)!r}: {file} is not a folder. ")
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(mode))
+    assert refusal(str(tmp_path)) == (
+        f"{name}={str(tmp_path)!r}: this process may not write in {tmp_path}. Set {name} to a folder where it may."
+    )
+    assert asked == [os.W_OK | os.X_OK]
+
+
+@pytest.mark.parametrize("flags", [{}, {"checkpointing_mode": "offload"}, {"checkpointing_mode": "none"}])
+def test_disk_needs_a_folder(make, flags):
+    with pytest.raises(ValueError) as caught:
+        make(**flags, checkpointing_offload_to="disk")
+    assert str(caught.value) == (
+        "checkpointing_offload_to='disk' needs a folder for its file. Set checkpointing_offload_dir to one on a fast "
+        "local disk."
+    )
+
+
+def test_disk_in_a_plan_needs_a_folder(make, plan_file, tmp_path):
+    plan = Plan({"l.0": Action("keep", place="host"), "l.1": Action("recompute", place="disk")})
+    with pytest.raises(ValueError, match=r"^a block at 'disk' in checkpointing_plan needs a folder"):
+        make(checkpointing_plan=plan_file(plan))
+    settings = make(checkpointing_plan=plan_file(plan), checkpointing_offload_dir=str(tmp_path)).settings()
+    assert settings == expected(plan=plan, offload_dir=str(tmp_path))
+    host = Plan({"l.0": Action("recompute", place="host")})
+    assert make(checkpointing_plan=plan_file(host)).settings() == expected(plan=host)
 
 
 def test_segments_and_stored_names_set_later_are_read(make):
@@ -358,6 +504,9 @@ BESIDE_A_PLAN = [
     ({"checkpointing_modules": {"text": "full"}}, "checkpointing_modules={'text': 'full'}"),
     ({"checkpointing_every_n": 2}, "checkpointing_every_n=2"),
     ({"checkpointing_save": "mm"}, "checkpointing_save='mm'"),
+    ({"checkpointing_mode": "offload"}, "checkpointing_mode='offload'"),
+    ({"checkpointing_offload_save": "all"}, "checkpointing_offload_save='all'"),
+    ({"gradient_checkpointing_kwargs": {"offload": True}}, "gradient_checkpointing_kwargs['offload']=True"),
     ({"gradient_checkpointing": True}, "gradient_checkpointing=True"),
     ({"gradient_checkpointing_kwargs": {"every_n_layers": 2}}, "gradient_checkpointing_kwargs['every_n_layers']"),
 ]
@@ -382,7 +531,8 @@ def test_a_plan_goes_with_flags_that_do_not_plan(make, plan_file):
         checkpointing_segment=2,
         checkpointing_skip_frozen=False,
         checkpointing_use_reentrant=False,
-        gradient_checkpointing_kwargs={"determinism_check": "none"},
+        checkpointing_offload_save="inputs",
+        gradient_checkpointing_kwargs={"determinism_check": "none", "offload": False},
     ).settings()
     options = {"determinism_check": "none"}
     assert settings == expected(plan=PLAN, segment=2, skip_frozen=False, checkpoint_options=options)
@@ -404,6 +554,8 @@ def test_a_default_that_gave_way_to_a_plan_is_not_warned_of(make, plan_file, war
 # What does not go together.
 
 ONE_SELECTIVE = Plan({"l.0": RECOMPUTE, "l.1": SELECTIVE})
+ONE_MOVED = Plan({"l.0": Action("keep", place="host"), "l.1": Action("selective", place="host")})
+OFFLOAD_MODE = {"checkpointing_mode": "offload"}
 
 
 @pytest.mark.parametrize(
@@ -412,6 +564,20 @@ ONE_SELECTIVE = Plan({"l.0": RECOMPUTE, "l.1": SELECTIVE})
         ({"checkpointing_mode": "selective"}, "checkpointing_mode='selective'"),
         ({"checkpointing_modules": {"v": "full", "l": "selective:mm"}}, "'selective' in checkpointing_modules['l']"),
         ({"checkpointing_plan": ONE_SELECTIVE}, "a selective block in checkpointing_plan"),
+        ({"checkpointing_plan": ONE_MOVED}, "a selective block in checkpointing_plan"),
+        *(
+            ({**OFFLOAD_MODE, "checkpointing_offload_save": tier}, f"checkpointing_offload_save={tier!r}")
+            for tier in TIERS
+        ),
+        (
+            {"checkpointing_modules": {"v": "offload", "l": "offload:attention"}},
+            "'offload:attention' in checkpointing_modules['l']",
+        ),
+        (
+            {"checkpointing_modules": {"l": "offload"}, "checkpointing_offload_save": "matmul"},
+            "'offload:matmul' in checkpointing_modules['l']",
+        ),
+        ({**OFFLOAD_MODE, "checkpointing_segment": 2}, "checkpointing_segment=2"),
         ({"checkpointing_segment": 2}, "checkpointing_segment=2"),
         ({"checkpointing_segment": "sqrt"}, "checkpointing_segment='sqrt'"),
     ],
@@ -434,9 +600,34 @@ def test_reentrant_goes_with_a_plan_that_selects_nothing(make, plan_file):
     assert make(checkpointing_plan=plan_file(), checkpointing_use_reentrant=True).settings().use_reentrant
 
 
-@pytest.mark.parametrize("flags", [{"checkpointing_mode": "selective"}, {"checkpointing_modules": {"a": "selective"}}])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        OFFLOAD_MODE,
+        {**OFFLOAD_MODE, "checkpointing_offload_save": "all"},
+        {"checkpointing_modules": {"a": "offload:inputs", "b": "offload:all"}, "checkpointing_offload_save": "matmul"},
+        {"checkpointing_plan": Plan({"l.0": Action("recompute", place="host"), "l.1": Action("keep", place="host")})},
+        {"gradient_checkpointing_kwargs": {"offload": True, "use_reentrant": True}},
+    ],
+)
+def test_reentrant_goes_with_what_is_moved_as_a_whole(make, plan_file, flags):
+    flags = {name: plan_file(value) if isinstance(value, Plan) else value for name, value in flags.items()}
+    assert make(**flags, checkpointing_use_reentrant=True).settings().use_reentrant
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"checkpointing_mode": "selective"},
+        {"checkpointing_modules": {"a": "selective"}},
+        {**OFFLOAD_MODE, "checkpointing_offload_save": "attention"},
+        {"checkpointing_modules": {"a": "offload:attention"}, **OFFLOAD_MODE},
+    ],
+)
 def test_two_selections_are_one_too_many(make, flags):
-    with pytest.raises(ValueError, match=r"\['context_fn'\] and .*selective.* are two selections .* Remove one"):
+    with pytest.raises(
+        ValueError, match=r"\['context_fn'\] and .*(selective|attention).* are two selections .* Remove"
+    ):
         make(**flags, gradient_checkpointing_kwargs={"context_fn": contexts})
     make(**flags, gradient_checkpointing_kwargs={"early_stop": False})
 
@@ -453,6 +644,17 @@ def test_flags_without_prefix_take_a_plan_and_what_is_stored():
         settings_of_flags({"plan": PLAN, "save": "mm"})
     with pytest.raises(ValueError, match="there is no file"):
         settings_of_flags({"plan": "no/plan.json"})
+
+
+def test_flags_without_prefix_offload(tmp_path):
+    flags = {"mode": "offload", "offload_save": "all", "host_budget": 2**20, "prefetch": 0}
+    assert settings_of_flags(flags) == Settings(mode="offload", offload_save="all", host_budget=2**20, prefetch=0)
+    settings = settings_of_flags({"modules": {"l": "offload"}, "offload_to": "disk", "offload_dir": tmp_path})
+    assert settings == Settings(modules=(Part("l", "offload"),), offload_to="disk", offload_dir=str(tmp_path))
+    with pytest.raises(TypeError, match=r"^'offload' is not one of mode, .* Did you mean mode='offload'\?$"):
+        settings_of_flags({"offload": True})
+    with pytest.raises(TypeError, match=r"Did you mean 'offload_to'\?$"):
+        settings_of_flags({"offload_too": "host"})
 
 
 # Copies.
@@ -483,6 +685,11 @@ def test_copies_say_the_same(make, duplicate, cls):
         checkpointing_modules='{"vision": "none", "text": "selective:mm"}',
         checkpointing_save='["mm", "mlp.*"]',
         checkpointing_segment="4",
+        checkpointing_offload_save="attention",
+        checkpointing_offload_to="disk",
+        checkpointing_offload_dir=FOLDER,
+        checkpointing_host_budget="64GiB",
+        checkpointing_prefetch=0,
         checkpointing_self_check=False,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"every_n_layers": 2, "early_stop": False},
@@ -528,25 +735,33 @@ def test_json_still_refuses_what_is_not_a_function(make):
 
 # Bad values.
 
+BAD_BUDGETS = [
+    (64, "64GiB"), ("64", "64GiB"), (4095, "4095GiB"), (2, "2GiB"), (1.5, "1.5GiB"), (64.0, "64GiB"),
+    (1e9, "1000000000B"), ("64G", "64GiB"), ("1.5 tb/s", "1.5TiB"), ("80%", 0.8), ("25 %", 0.25), ("300%", 0.8),
+    (0.0, "0B"), (-1, "0B"), ("-0.5", "0B"), ("all", 0.8), ("", 0.8), ("nan", 0.8), (float("inf"), 0.8), (True, 0.8),
+    ([0.5], 0.8),
+]  # fmt: skip
 BAD_FLAGS = [
-    ("checkpointing_mode", "fulll", "'fulll' is not one of full, none, selective. Did you mean 'full'?"),
-    ("checkpointing_mode", "FULL", "'FULL' is not one of full, none, selective. Did you mean 'full'?"),
-    ("checkpointing_mode", " none", "' none' is not one of full, none, selective. Did you mean 'none'?"),
-    ("checkpointing_mode", "", "'' is not one of full, none, selective. Did you mean "),
-    ("checkpointing_mode", False, "False is not one of full, none, selective. Did you mean 'none'?"),
-    ("checkpointing_mode", 3, "3 is not one of full, none, selective. Did you mean "),
+    ("checkpointing_mode", "fulll", "'fulll' is not one of full, none, offload, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", "FULL", "'FULL' is not one of full, none, offload, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", " none", "' none' is not one of full, none, offload, selective. Did you mean 'none'?"),
+    ("checkpointing_mode", "", "'' is not one of full, none, offload, selective. Did you mean "),
+    ("checkpointing_mode", False, "False is not one of full, none, offload, selective. Did you mean 'none'?"),
+    ("checkpointing_mode", 3, "3 is not one of full, none, offload, selective. Did you mean "),
     (
         "checkpointing_mode",
         "auto",
-        "'auto' is not in this version; the modes of this version are full, none, selective.",
+        "'auto' is not in this version; the modes of this version are full, none, offload, selective.",
     ),
-    ("checkpointing_mode", "offload", "'offload' is not in this version"),
+    ("checkpointing_mode", "ofload", "'ofload' is not one of full, none, offload, selective. Did you mean 'offload'?"),
+    ("checkpointing_mode", "atuo", "'atuo' is not one of full, none, offload, selective, and 'auto' is not in this"),
+    ("checkpointing_mode", "offload:all", ". Set it to 'offload', checkpointing_offload_save to 'all'."),
+    ("checkpointing_mode", "full:all", "'full:all' is not one of full, none, offload, selective. Did you mean 'full'?"),
     (
         "checkpointing_mode",
-        "ofload",
-        "'ofload' is not one of full, none, selective, and 'offload' is not in this version.",
+        "selectve",
+        "'selectve' is not one of full, none, offload, selective. Did you mean 'selective'?",
     ),
-    ("checkpointing_mode", "selectve", "'selectve' is not one of full, none, selective. Did you mean 'selective'?"),
     ("checkpointing_mode", "selective:mm", ". Set it to 'selective', checkpointing_save to 'mm'."),
     ("checkpointing_save", "expnsive", ": 'expnsive' is not a tier. Did you mean 'expensive'?"),
     ("checkpointing_save", ["mm", "Attention"], ": 'Attention' is not a tier. Did you mean 'attention'?"),
@@ -567,6 +782,31 @@ BAD_FLAGS = [
     ("checkpointing_plan", 3, "3 is not the path of a JSON file. Write one with plan.to_json()."),
     ("checkpointing_plan", "no/plan.json", ": there is no file /"),
     ("checkpointing_plan", "/", " cannot be read: "),
+    (
+        "checkpointing_offload_save",
+        "input",
+        "'input' is not one of inputs, expensive, matmul, half_matmul, attention, all. Did ",
+    ),
+    ("checkpointing_offload_save", "input", "Did you mean 'inputs'?"),
+    ("checkpointing_offload_save", "mm", "'mm' is not one of inputs, expensive"),
+    ("checkpointing_offload_save", ["inputs"], "['inputs'] is not one of inputs, expensive"),
+    ("checkpointing_offload_save", None, "None is not one of inputs, expensive"),
+    ("checkpointing_offload_to", "cpu", "'cpu' is not one of host, pageable, disk. Did you mean 'host'?"),
+    ("checkpointing_offload_to", "RAM", "'RAM' is not one of host, pageable, disk. Did you mean 'host'?"),
+    ("checkpointing_offload_to", "pinned", "Did you mean 'host'?"),
+    ("checkpointing_offload_to", "NVMe", "Did you mean 'disk'?"),
+    ("checkpointing_offload_to", "ssd", "Did you mean 'disk'?"),
+    ("checkpointing_offload_to", "pagable", "Did you mean 'pageable'?"),
+    ("checkpointing_offload_to", None, "None is not one of host, pageable, disk."),
+    ("checkpointing_offload_dir", 3, "3 is not the path of a folder. Set it to one that exists."),
+    ("checkpointing_offload_dir", "", "'' is not the path of a folder."),
+    ("checkpointing_offload_dir", "/no/folder", ": /no/folder does not exist. Make it, or set "),
+    ("checkpointing_prefetch", -1, "-1 is not a whole number from 0 up. Did you mean 0?"),
+    ("checkpointing_prefetch", -0.6, "-0.6 is not a whole number from 0 up. Did you mean 0?"),
+    ("checkpointing_prefetch", 1.5, "1.5 is not a whole number from 0 up. Did you mean 2?"),
+    ("checkpointing_prefetch", "0", "'0' is not a whole number from 0 up. Did you mean 0?"),
+    ("checkpointing_prefetch", False, "False is not a whole number from 0 up. Did you mean 0?"),
+    ("checkpointing_prefetch", None, "None is not a whole number from 0 up. Did you mean 1?"),
     ("checkpointing_every_n", 0, "0 is not a whole number from 1 up. Did you mean 1?"),
     ("checkpointing_every_n", -1, "-1 is not a whole number from 1 up. Did you mean 1?"),
     ("checkpointing_every_n", True, "True is not a whole number from 1 up. Did you mean 1?"),
@@ -587,16 +827,34 @@ BAD_FLAGS = [
     ("checkpointing_modules", '{"vision": full}', " is not JSON"),
     ("checkpointing_modules", '["vision"]', ' is not a dict. Write it like {"vision": "full"}.'),
     ("checkpointing_modules", ["vision"], "['vision'] is not a dict"),
+    *(
+        (
+            "checkpointing_host_budget",
+            value,
+            f"{value!r} is not a share of memory, above 0 and at most 1, or a size such as '64GiB'. Did you mean {near!r}?",
+        )
+        for value, near in BAD_BUDGETS
+    ),
 ]
 BAD_MODULES = [
     (
         {"vision": "ful"},
-        "checkpointing_modules['vision']='ful' is not one of full, none, selective. Did you mean 'full'?",
+        "checkpointing_modules['vision']='ful' is not one of full, none, offload, selective. Did you mean 'full'?",
     ),
-    ({"vision": "offload"}, "checkpointing_modules['vision']='offload' is not in this version"),
+    ({"vision": "auto"}, "checkpointing_modules['vision']='auto' is not in this version"),
+    (
+        {"vision": "offload:input"},
+        "['vision']='offload:input' is not 'offload:' and one of inputs, expensive, matmul, half_matmul, attention, all. "
+        "Did you mean 'offload:inputs'?",
+    ),
+    ({"vision": "offload:"}, "['vision']='offload:' is not 'offload:' and one of inputs, "),
+    ({"vision": "offload:mm"}, "['vision']='offload:mm' is not 'offload:' and one of inputs, "),
+    ({"vision": "offload:all@disk"}, "Did you mean 'offload:all'?"),
+    ({"vision": "Offload:mm"}, "Did you mean 'offload:mm'?"),
+    ({"vision": "full:all"}, "Did you mean 'offload:all'?"),
     (
         {"vision": None},
-        "checkpointing_modules['vision']=None is not one of full, none, selective. Did you mean 'none'?",
+        "checkpointing_modules['vision']=None is not one of full, none, offload, selective. Did you mean 'none'?",
     ),
     (
         {"vision": "selective:atention"},
@@ -604,12 +862,18 @@ BAD_MODULES = [
     ),
     ({"vision": "selective:"}, "['vision']='selective:': '' is not one of expensive, matmul"),
     ({"vision": "selective:mm,half_matmul"}, "'half_matmul' stands alone, and mm, half_matmul are 2."),
-    ({"vision": "full:mm"}, "only 'selective' is followed by what it stores. Did you mean 'selective:mm'?"),
+    (
+        {"vision": "full:mm"},
+        "only 'selective' and 'offload' are followed by what they store. Did you mean 'selective:mm'?",
+    ),
     (
         {"vision": "selectiv:mm"},
-        "['vision']='selectiv:mm' is not a mode; only 'selective' is followed by what it stores.",
+        "['vision']='selectiv:mm' is not a mode; only 'selective' and 'offload' are followed by what they store.",
     ),
-    ({"vision": "selectiv"}, "['vision']='selectiv' is not one of full, none, selective. Did you mean 'selective'?"),
+    (
+        {"vision": "selectiv"},
+        "['vision']='selectiv' is not one of full, none, offload, selective. Did you mean 'selective'?",
+    ),
     ({3: "full"}, "a name in checkpointing_modules=3 is not a module glob"),
     ({"": "full"}, "a name in checkpointing_modules='' is not a module glob"),
 ]
@@ -625,7 +889,8 @@ BAD_KWARGS = [
     ({"context_fn": "contexts"}, "['context_fn']='contexts' is not a function."),
     ({"debug": 1}, "['debug']=1 is not True or False. Did you mean True?"),
     ({"early_stop": "no"}, "['early_stop']='no' is not True or False. Did you mean False?"),
-    ({"offload": True}, "['offload']=True is not in this version."),
+    ({"offload": 1}, "['offload']=1 is not True or False. Did you mean True?"),
+    ({"offload": "true"}, "['offload']='true' is not True or False. Did you mean True?"),
     ({"use_reentrent": False}, "has the key 'use_reentrent', which is not one of every_n_layers, use_reentrant, "),
     ({"use-reentrant": False}, "Did you mean 'use_reentrant'?"),
     ({"every_n": 2}, "Did you mean 'every_n_layers'?"),
@@ -744,6 +1009,19 @@ def test_hf_flag_set_to_false_is_no_conflict(make, name):
 CONFLICTS = [
     ({"checkpointing_mode": "none"}, {"gradient_checkpointing": True}),
     ({"checkpointing_mode": "selective"}, {"gradient_checkpointing": True}),
+    ({"checkpointing_mode": "offload"}, {"gradient_checkpointing": True}),
+    (
+        {"checkpointing_mode": "offload"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": False}},
+    ),
+    *(
+        (
+            {"checkpointing_mode": mode},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True}},
+        )
+        for mode in ("none", "selective", "full")
+    ),
+    ({"checkpointing_mode": "none"}, {"gradient_checkpointing_kwargs": {"offload": True}}),
     ({"checkpointing_every_n": 3}, {"gradient_checkpointing_kwargs": {"every_n_layers": 2}}),
     ({"checkpointing_every_n": 3}, {"gradient_checkpointing_kwargs": {"every_n_layers": 1}}),
     ({"checkpointing_use_reentrant": True}, {"gradient_checkpointing_kwargs": {"use_reentrant": False}}),
@@ -758,7 +1036,8 @@ def test_conflicts_name_both(make, ours, theirs, name):
         make(**ours, **theirs)
     message = str(caught.value)
     assert all(f"{flag}={value!r}" in message for flag, value in ours.items())
-    assert all(key in message for key in theirs)
+    # What HF's flag says and its kwargs do not is said alone.
+    assert all(key in message for key in theirs if theirs[key] != {"offload": False})
     assert message.endswith("ask for different things. Remove one of them.")
 
 
@@ -774,6 +1053,71 @@ def test_conflicts_made_later_raise_when_read(make, ours, theirs):
 def test_agreement_is_no_conflict(make):
     args = make(checkpointing_every_n=2, gradient_checkpointing_kwargs={"every_n_layers": 2, "use_reentrant": False})
     assert args.settings() == expected(every_n=2)
+
+
+@pytest.mark.parametrize("cls", [CheckpointTrainingArguments, TrainingArguments])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_their_offload_is_ours(make, cls, name, flag):
+    args = make(cls, **{name: flag, f"{name}_kwargs": {"offload": True, "every_n_layers": 2}})
+    settings = settings_of(args)
+    assert settings == expected(mode="offload", every_n=2)
+    assert settings.named
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_their_offload_and_ours_agree(make, flag):
+    args = make(
+        checkpointing_mode="offload",
+        checkpointing_offload_save="attention",
+        gradient_checkpointing=flag,
+        gradient_checkpointing_kwargs={"offload": True},
+    )
+    assert args.settings() == expected(mode="offload", offload_save="attention")
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload", None])
+def test_offload_set_to_false_is_no_word(make, mode):
+    args = make(checkpointing_mode=mode, gradient_checkpointing_kwargs={"offload": False, "early_stop": False})
+    assert args.settings().mode == (mode or "full")
+
+
+@dataclasses.dataclass
+class TheirOffload(CheckpointTrainingArguments):
+    gradient_checkpointing_kwargs: dict | None = dataclasses.field(default_factory=lambda: {"offload": True})
+
+
+@dataclasses.dataclass
+class TheirOffloadAndFlag(TheirOffload):
+    gradient_checkpointing: bool = True
+
+
+@dataclasses.dataclass
+class TheirOffloadOurMode(TheirOffload):
+    checkpointing_mode: str | None = "selective"
+
+
+@pytest.mark.parametrize("cls", [TheirOffload, TheirOffloadAndFlag])
+def test_an_offload_that_is_a_default_of_the_args_class_is_not_the_users_word(make, cls):
+    assert make(cls).settings() == expected(mode="offload")
+    assert not make(cls).settings().named
+    for mode in ("none", "selective", "full", "offload"):
+        assert make(cls, checkpointing_mode=mode).settings().mode == mode
+    kwargs = {"every_n_layers": 2}
+    assert make(cls, gradient_checkpointing_kwargs=kwargs).settings() == expected(every_n=2)
+    assert make(cls, gradient_checkpointing_kwargs={"offload": False}).settings() == expected()
+
+
+def test_of_two_defaults_of_the_args_class_ours_counts(make):
+    assert make(TheirOffloadOurMode).settings() == expected(mode="selective")
+    assert make(TheirOffloadOurMode, gradient_checkpointing=True).settings() == expected(mode="offload")
+
+
+def test_their_flag_said_with_an_offload_that_was_not(make):
+    assert make(TheirOffload, gradient_checkpointing=True).settings() == expected(mode="offload")
+    assert make(TheirOffload, gradient_checkpointing=True, checkpointing_mode="full").settings() == expected()
+    with pytest.raises(ValueError, match=r"checkpointing_mode='none' and .*gradient_checkpointing=True.* Remove one"):
+        make(TheirOffload, gradient_checkpointing=True, checkpointing_mode="none")
 
 
 @dataclasses.dataclass
@@ -888,7 +1232,17 @@ def test_one_warning_for_what_has_no_effect(make, warnings_of, flags, named):
 
 SAVE, SEGMENT = {"checkpointing_save": "mm"}, {"checkpointing_segment": 2}
 SELECTIVE_MODE = {"checkpointing_mode": "selective"}
-NO_SAVE, NO_SEGMENT = "checkpointing_save (of mode 'selective')", "checkpointing_segment (of mode 'full')"
+NO_OFFLOAD = "(of mode 'offload', or a policy's)"
+NO_DISK = "checkpointing_offload_dir (of offload to 'disk', or a policy's)"
+HOST_FLAGS = {
+    "checkpointing_offload_save": "all", "checkpointing_offload_to": "pageable", "checkpointing_offload_dir": FOLDER,
+    "checkpointing_host_budget": "1GiB", "checkpointing_prefetch": 2,
+}  # fmt: skip
+MOVED = Plan({"l.0": Action("recompute", place="host")})
+NO_SAVE, NO_SEGMENT = (
+    "checkpointing_save (of mode 'selective')",
+    "checkpointing_segment (of mode 'full', or 'offload' with inputs)",
+)
 
 
 @pytest.mark.parametrize(
@@ -901,6 +1255,21 @@ NO_SAVE, NO_SEGMENT = "checkpointing_save (of mode 'selective')", "checkpointing
         ({**SEGMENT, "checkpointing_plan": Plan({"l.0": SELECTIVE})}, "this checkpointing_plan", NO_SEGMENT),
         ({"gradient_checkpointing_kwargs": {"early_stop": True}, "checkpointing_plan": Plan({})},
          "this checkpointing_plan", "gradient_checkpointing_kwargs"),
+        ({"checkpointing_prefetch": 0}, "checkpointing_mode='full'", f"checkpointing_prefetch {NO_OFFLOAD}"),
+        ({**HOST_FLAGS, "checkpointing_mode": "none"}, "checkpointing_mode='none'",
+         ", ".join(f"{flag} {NO_OFFLOAD}" for flag in HOST_FLAGS)),
+        ({"checkpointing_host_budget": "0B", "checkpointing_modules": {"l": "selective"}}, "checkpointing_mode='full'",
+         f"checkpointing_host_budget {NO_OFFLOAD}"),
+        ({"checkpointing_offload_dir": FOLDER, **OFFLOAD_MODE}, "checkpointing_mode='offload'", NO_DISK),
+        ({"checkpointing_offload_dir": FOLDER, "checkpointing_plan": MOVED}, "this checkpointing_plan", NO_DISK),
+        ({"checkpointing_prefetch": 3, "checkpointing_plan": PLAN}, "this checkpointing_plan",
+         f"checkpointing_prefetch {NO_OFFLOAD}"),
+        ({"checkpointing_offload_to": "disk", "checkpointing_offload_dir": FOLDER, "checkpointing_plan": MOVED},
+         "this checkpointing_plan", f"checkpointing_offload_to (the plan says where), {NO_DISK}"),
+        ({"checkpointing_offload_save": "all", "checkpointing_modules": {"l": "offload:inputs"}},
+         "checkpointing_mode='full'", "checkpointing_offload_save (each part says its own)"),
+        ({**SEGMENT, **OFFLOAD_MODE, "checkpointing_offload_save": "all"}, "checkpointing_mode='offload'", NO_SEGMENT),
+        ({**SAVE, **OFFLOAD_MODE, "checkpointing_offload_save": "matmul"}, "checkpointing_mode='offload'", NO_SAVE),
         ({**SEGMENT, "checkpointing_every_n": 2}, "checkpointing_mode='full'",
          "checkpointing_segment (with every_n there are no recomputed blocks in a row)"),
     ],
@@ -925,11 +1294,50 @@ def test_one_warning_for_what_concerns_another_mode(make, plan_file, warnings_of
         {**SEGMENT, "checkpointing_plan": PLAN},
         {"checkpointing_plan": Plan({})},
         {"checkpointing_mode": "none", "checkpointing_modules": {"l": "selective"}, "checkpointing_every_n": 2},
+        {**HOST_FLAGS, **OFFLOAD_MODE, "checkpointing_offload_to": "disk"},
+        {**HOST_FLAGS, "checkpointing_modules": {"l": "offload"}, "checkpointing_offload_to": "disk"},
+        {"checkpointing_offload_to": "pageable", "checkpointing_host_budget": 0.5, "checkpointing_plan": MOVED},
+        {"checkpointing_offload_dir": FOLDER, "checkpointing_plan": Plan({"l.0": Action("keep", place="disk")})},
+        {
+            "checkpointing_offload_to": "disk",
+            "checkpointing_offload_dir": FOLDER,
+            "checkpointing_plan": Plan({"l.0": Action("keep", place="disk")}),
+        },
+        {**SEGMENT, **OFFLOAD_MODE},
+        {**SEGMENT, "checkpointing_plan": MOVED},
+        {**SEGMENT, **OFFLOAD_MODE, "checkpointing_modules": {"l": "offload:all"}},
+        {
+            **OFFLOAD_MODE,
+            "checkpointing_offload_save": "all",
+            "checkpointing_every_n": 2,
+            "checkpointing_modules": {"l": "none"},
+        },
+        {**OFFLOAD_MODE, "checkpointing_offload_save": "all", "checkpointing_modules": {"l": "offload:inputs"}},
+        {"checkpointing_host_budget": "0.8", "checkpointing_offload_save": "inputs"},
+        {"checkpointing_mode": "none", "checkpointing_host_budget": None},
+        {"gradient_checkpointing_kwargs": {"offload": True}},
     ],
 )
 def test_no_warning_where_a_mode_is_concerned(make, plan_file, warnings_of, flags):
     flags = {name: plan_file(value) if isinstance(value, Plan) else value for name, value in flags.items()}
     assert warnings_of(lambda: make(**flags)) == []
+
+
+@dataclasses.dataclass
+class OurOffloadDefaults(CheckpointTrainingArguments):
+    checkpointing_prefetch: int = 2
+    checkpointing_host_budget: float | str | None = "32GiB"
+    checkpointing_save: list[str] | str | None = "matmul"
+    checkpointing_segment: int | str | None = 2
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_no_warning_for_a_default_of_the_args_class(make, warnings_of, mode):
+    assert warnings_of(lambda: make(OurOffloadDefaults, checkpointing_mode=mode)) == []
+    if mode == "full":
+        assert warnings_of(lambda: make(OurOffloadDefaults, checkpointing_every_n=2)) == []
+    said = warnings_of(lambda: make(OurOffloadDefaults, checkpointing_mode=mode, checkpointing_prefetch=3))
+    assert [f"checkpointing_prefetch {NO_OFFLOAD}" in message for message in said] == [True]
 
 
 @pytest.mark.parametrize(

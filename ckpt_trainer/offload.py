@@ -1,0 +1,392 @@
+"""Move what autograd stores of a block to the host while the computation goes on, and back before backward needs it.
+
+A `Group` is one call of one block; it packs what autograd saves. What autograd holds instead owns all that it needs: no
+table, id or counter is involved, so that any order of forwards and backwards is right and nothing outlives its graph.
+How bytes are copied, and in which order, is the business of `chunks`.
+
+NOTE on when. The newest group's tensors never leave: backward begins with them. When the next group has packed its inputs,
+those of the group before go out; at most `_IN_FLIGHT` groups are on their way at once, for then computation waits for the
+oldest. When backward asks for the first tensor of a group, all of the group and of the `prefetch` groups before it are
+brought back. A wrong guess costs a copy and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ckpt_trainer import streams as device_streams
+from ckpt_trainer.chunks import Back, Channel, Chunk, OffloadCounts, known_chunk, remember_chunk, send
+from ckpt_trainer.handles import Handle, Kept, Moved, Place, Sharded, bytes_range
+from ckpt_trainer.host_memory import HostPool
+from ckpt_trainer.host_store import HostStore
+from ckpt_trainer.log import logger
+from ckpt_trainer.memory import format_bytes, storages_of
+
+# A smaller tensor is not worth a copy of its own.
+MIN_BYTES = 2**20
+_IN_FLIGHT = 2
+_READ_AHEAD = 2
+
+
+class Offloading:
+    """What is moved of the blocks of one model.
+
+    Args:
+        cap: Gives the bytes of host memory that may be taken; asked when the first tensor is to leave.
+        prefetch: How many groups backward reloads ahead.
+        pinned: Host memory is pinned. If not, the host waits for copies.
+        folder: Where a file for what does not fit into host memory may be; None for none.
+
+    Attributes:
+        counts: What was moved and what stayed.
+    """
+
+    def __init__(
+        self, cap: Callable[[], int], prefetch: int = 1, pinned: bool = True, folder: str | None = None
+    ) -> None:
+        self.counts = OffloadCounts()
+        self._cap = cap
+        self._prefetch = prefetch
+        self._pinned = pinned
+        self._folder = folder
+        self._lanes: dict[torch.device, _Lane | None] = {}
+        self._channels: list[Channel] = []
+        self._store: HostStore | None = None
+        self._lock = threading.Lock()
+
+    def begin(self, tensors: Sequence[Tensor], own: Sequence[Tensor], to_disk: bool = False) -> Group | None:
+        """A call of a block begins.
+
+        Args:
+            tensors: Its inputs; where they are tells which device is meant.
+            own: Its parameters and buffers, which stay where they are.
+            to_disk: What it stores may go on from the host to disk.
+
+        Returns:
+            None where there is nowhere to move to.
+        """
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
+            lane = self._lane(device)
+            if lane is not None:
+                return lane.begin(own, to_disk)
+        return None
+
+    def _lane(self, device: torch.device) -> _Lane | None:
+        with self._lock:
+            if device not in self._lanes:
+                streams = device_streams.streams_of(device, self._pinned)
+                self._lanes[device] = None if streams is None else _Lane(self._channel(streams), self._prefetch)
+            return self._lanes[device]
+
+    def _channel(self, streams: device_streams.Streams) -> Channel:
+        if self._store is None:
+            self._store = HostStore(HostPool(self._cap(), streams.host), self._folder)
+        channel = Channel(streams, self._store, self.counts, self._channels)
+        self._channels.append(channel)
+        return channel
+
+    def end_of_step(self) -> None:
+        """Give up what was brought back and nobody asked for."""
+        for lane in list(self._lanes.values()):
+            if lane is not None:
+                lane.release_all()
+
+    def report(self) -> dict[str, Any]:
+        """What was moved so far, as plain data.
+
+        Returns:
+            `devices`: those that something may leave; bytes and number of copies out and in; `prefetch_hits` and
+            `prefetch_misses`, see `OffloadCounts`; `waited_seconds` that computation stood still for copies; bytes of the
+            host in use now, at most so far, and taken from the system; `disk`, if that may be used: bytes written and
+            read, seconds that the host waited for it; `kept`: why tensors stayed -> how many, and bytes.
+        """
+        store, counts = self._store, self.counts
+        pool = store.pool if store else None
+        return {
+            "devices": [str(channel.streams.device) for channel in self._channels],
+            "bytes_out": counts.bytes_out,
+            "bytes_in": counts.bytes_in,
+            "copies_out": counts.copies_out,
+            "copies_in": counts.copies_in,
+            "prefetch_hits": counts.hits,
+            "prefetch_misses": counts.misses,
+            "waited_seconds": sum(channel.streams.waited_seconds for channel in self._channels),
+            "host_bytes": pool.in_use if pool else 0,
+            "host_peak_bytes": pool.peak if pool else 0,
+            "host_held_bytes": pool.held if pool else 0,
+            **({"disk": store.report()} if store and self._folder else {}),
+            "kept": {why: {"tensors": number, "bytes": nbytes} for why, (number, nbytes) in counts.kept.items()},
+        }
+
+
+class _Lane:
+    """The groups of one device."""
+
+    def __init__(self, channel: Channel, prefetch: int) -> None:
+        self.channel = channel
+        self._prefetch = prefetch
+        # Finalisers may come at any point, also within these; they take no lock.
+        self._lock = threading.RLock()
+        self._number = 0
+        self._newest: Reference = _nothing
+        self._unsent: deque[Reference] = deque()
+        self._in_flight: deque[Reference] = deque()
+        self._demanded: Reference = _nothing
+        self._loaded: list[Reference] = []
+
+    def begin(self, own: Sequence[Tensor], to_disk: bool) -> Group:
+        with self._lock:
+            self._number += 1
+            group = Group(self, self._number, self._newest, own, to_disk)
+            self._newest = weakref.ref(group)
+            self._unsent.append(self._newest)
+            return group
+
+    def note(self, group: Group) -> None:
+        """A group packs something. Normally the newest; not where there is a block within a block."""
+        with self._lock:
+            reference = weakref.ref(group)
+            if reference not in self._unsent:
+                self._unsent.append(reference)
+
+    def send_older(self) -> None:
+        """All groups but the newest leave; computation waits for the oldest on their way."""
+        with self._lock:
+            for _ in range(len(self._unsent)):
+                reference = self._unsent.popleft()
+                if reference is self._newest:
+                    self._unsent.append(reference)
+                elif (group := reference()) is not None:
+                    self._send(group)
+                    self._in_flight.append(reference)
+            while len(self._in_flight) > _IN_FLIGHT:
+                _settle(self._in_flight.popleft()())
+
+    def _send(self, group: Group) -> None:
+        # What a later group packed too goes with that one.
+        chunks = [use.chunk for use in group.uses() if use.chunk.last == group.number]
+        for chunk in send([chunk for chunk in chunks if chunk.slot is None]):
+            pool, counts = self.channel.store.pool, self.channel.counts
+            why = f"host memory refused ({pool.refused})" if pool.refused else "host budget reached"
+            if why not in counts.kept:
+                logger.warning(
+                    f"offload: {why} with {format_bytes(pool.in_use)} in use. Tensors for which there is no room stay on "
+                    "the device. checkpointing_host_budget sets the budget."
+                )
+            counts.keep(why, chunk.nbytes)
+
+    def take(self, use: Use) -> Place:
+        with self._lock:
+            if self._demanded() is not use.group:
+                self._demand(use.group)
+            return use.place()
+
+    def _demand(self, group: Group) -> None:
+        """Backward asks for the first tensor of a group: bring back the group and those before it."""
+        window = [group]
+        while len(window) <= self._prefetch and (before := window[-1].before()) is not None:
+            window.append(before)
+        for _ in range(len(self._in_flight)):
+            leaving = self._in_flight.popleft()()
+            if leaving not in window:
+                _settle(leaving)
+        for use in group.uses():
+            if use.chunk.source is None:
+                self.channel.counts.hits += use.loaded is not None
+                self.channel.counts.misses += use.loaded is None
+                use.load()
+        for ahead in window[1:]:
+            self._load_ahead(ahead)
+        self._read_ahead(window[-1].before())
+        # Of the one demanded last, some may still be asked for.
+        self._release([*window, self._demanded()])
+        self._loaded = [weakref.ref(one) for one in (*window, self._demanded()) if one is not None]
+        self._demanded = weakref.ref(group)
+
+    def _load_ahead(self, group: Group) -> None:
+        try:
+            for use in group.uses():
+                if use.chunk.source is None:
+                    use.load()
+        except torch.OutOfMemoryError:
+            pass  # What is needed now may still fit.
+
+    def _read_ahead(self, group: Group | None) -> None:
+        """Have what is on disk read to host memory, a few groups before it is copied to the device."""
+        for _ in range(_READ_AHEAD):
+            for use in group.uses() if group is not None else ():
+                if use.chunk.slot is not None:
+                    self.channel.store.fetch_ahead(use.chunk.slot)
+            group = group.before() if group is not None else None
+
+    def _release(self, but: Sequence[Group | None]) -> None:
+        for group in (reference() for reference in self._loaded):
+            if group is not None and group not in but:
+                for use in group.uses():
+                    use.drop()
+
+    def release_all(self) -> None:
+        with self._lock:
+            self._release(())
+            self._loaded = []
+            self._demanded = _nothing
+
+
+class Group:
+    """What one call of one block packed. Owned by what autograd holds of it.
+
+    Args:
+        lane: Of its device.
+        number: Groups are numbered as they begin.
+        before: The group that began before it on this device.
+        own: Parameters and buffers of the block.
+        to_disk: What it packs may go on from the host to disk.
+    """
+
+    def __init__(self, lane: _Lane, number: int, before: Reference, own: Sequence[Tensor], to_disk: bool) -> None:
+        self.lane = lane
+        self.number = number
+        self.before = before
+        self._own = own
+        self._to_disk = to_disk
+        self._own_storages: set[int] | None = None
+        self._uses: list[weakref.ref[Use]] = []
+
+    def uses(self) -> list[Use]:
+        """Those alive, the last packed first, which is the order in which backward asks for them."""
+        return [use for reference in reversed(self._uses) if (use := reference()) is not None]
+
+    def packed_inputs(self) -> None:
+        """The inputs of the call are packed: older groups may leave."""
+        self.lane.send_older()
+
+    def pack(self, tensor: Tensor) -> Handle:
+        """The hook for what autograd saves."""
+        if type(tensor) is DTensor:
+            return Sharded(tensor, self.pack)
+        why = self._why_kept(tensor)
+        found = bytes_range(tensor) if why is None else None
+        if found is None:
+            self.lane.channel.counts.keep(why or "small part of a storage", _bytes_of(tensor))
+            return Kept(tensor)
+        self.lane.note(self)
+        return Moved(tensor, self._use(tensor, *found))
+
+    def _why_kept(self, tensor: Tensor) -> str | None:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return f"a {type(tensor).__name__}, {str(tensor.layout).removeprefix('torch.')}"
+        if tensor.device != self.lane.channel.streams.device:
+            return f"on {tensor.device.type}"
+        if tensor.nbytes < MIN_BYTES:
+            return f"below {format_bytes(MIN_BYTES)}"
+        if tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return "of a special kind"
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return "within a function transform"
+        return "parameter or buffer" if self._is_own(tensor) else None
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return True
+        if self._own_storages is None:
+            self._own_storages = {storage._cdata for own in self._own for storage in storages_of(own)}
+        return tensor.untyped_storage()._cdata in self._own_storages
+
+    def _use(self, tensor: Tensor, start: int, end: int) -> Use:
+        channel = self.lane.channel
+        chunk = known_chunk(tensor, channel, start, end)
+        if chunk is None:
+            chunk = Chunk(channel, tensor, start, end - start)
+            remember_chunk(tensor, chunk)
+        else:
+            chunk.retake(tensor)
+        chunk.last = self.number
+        chunk.to_disk |= self._to_disk
+        use = next((use for use in self.uses() if use.chunk is chunk), None)
+        if use is None:
+            use = Use(self, chunk)
+            self._uses.append(weakref.ref(use))
+        use.number += 1
+        use.left += 1
+        return use
+
+
+class Use:
+    """What one group has of one chunk.
+
+    Attributes:
+        number: How many tensors of the group lie in the chunk.
+        left: How many of them backward did not ask for yet.
+        loaded: The memory that the chunk was brought back to, until all were asked for.
+    """
+
+    __slots__ = ("__weakref__", "chunk", "group", "left", "loaded", "number")
+
+    def __init__(self, group: Group, chunk: Chunk) -> None:
+        self.group = group
+        self.chunk = chunk
+        self.number = self.left = 0
+        self.loaded: tuple[Tensor, Back] | None = None
+
+    def take(self) -> Place:
+        """Where the chunk is, ready for computation on the live stream."""
+        return self.group.lane.take(self)
+
+    def place(self) -> Place:
+        if (source := self.chunk.source) is not None:
+            self._taken()
+            return Place(source.untyped_storage(), 0, None)
+        if self.loaded is not None and self.loaded[1].stream != self.chunk.channel.streams.live():
+            self.drop()
+        memory, back = self.load()
+        back.wait(counted=True)
+        self._taken()
+        return Place(memory.untyped_storage(), self.chunk.start, back.mark)
+
+    def _taken(self) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            self.left = self.number  # for a graph that is kept and run again
+            self.loaded = None
+            self.chunk.settle()
+
+    def load(self) -> tuple[Tensor, Back]:
+        """Begin to bring the chunk back."""
+        if self.loaded is None:
+            self.loaded = self.chunk.bring_back()
+        return self.loaded
+
+    def drop(self) -> None:
+        """Give up what was brought back."""
+        if self.loaded is not None:
+            self.loaded[1].wait()
+            self.loaded = None
+
+    def __del__(self) -> None:
+        self.drop()
+
+
+Reference = Callable[[], Group | None]
+
+
+def _nothing() -> None:
+    return None
+
+
+def _settle(group: Group | None) -> None:
+    """Give up what left of a group; what a later group has too is given up with that one."""
+    for use in group.uses() if group is not None else ():
+        if use.chunk.last == group.number:  # type: ignore[union-attr]
+            use.chunk.settle()
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.nbytes if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided else 0
