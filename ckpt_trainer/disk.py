@@ -161,8 +161,10 @@ class _Work:
                 self.file.close()
 
     def join(self) -> None:
-        for thread, _ in self._threads.values():
-            if thread is not current_thread():
+        threads = [thread for thread, _ in self._threads.values()]
+        # One of them would wait for itself, or for one that waits for it.
+        if current_thread() not in threads:
+            for thread in threads:
                 thread.join()
 
 
@@ -351,7 +353,7 @@ def _open_without_name(folder: str) -> int:
     if hasattr(os, "O_TMPFILE"):
         # Not all file systems have it; what else may be wrong shows below.
         with suppress(OSError):
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     descriptor, path = tempfile.mkstemp(prefix="ckpt_trainer-", dir=folder)
     try:
         os.unlink(path)

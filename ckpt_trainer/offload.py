@@ -1,13 +1,13 @@
 """Move what autograd stores of a block to the host while the computation goes on, and back before backward needs it.
 
-A `Group` is one call of one block; it packs what autograd saves. What autograd holds instead owns all that it needs: no
-table, id or counter is involved, so that any order of forwards and backwards is right and nothing outlives its graph.
-How bytes are copied, and in which order, is the business of `chunks`.
+What autograd holds instead of a tensor owns all that it needs: no table, id or counter is involved, so that any order of
+forwards and backwards is right and nothing outlives its graph. How bytes are copied, and in which order, is the business
+of `chunks`; what one call of one block packed is a `Group`.
 
 NOTE on when. The newest group's tensors never leave: backward begins with them. When the next group has packed its inputs,
-those of the group before go out; at most `_IN_FLIGHT` groups are on their way at once, for then computation waits for the
-oldest. When backward asks for the first tensor of a group, all of the group and of the `prefetch` groups before it are
-brought back. A wrong guess costs a copy and nothing else.
+those of the group before go out. They have until the end of the forward after that; then computation waits for them. When
+backward asks for the first tensor of a group, all of the group and of the `prefetch` groups before it are brought back. A
+wrong guess costs a copy and nothing else.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from ckpt_trainer import streams as device_streams
-from ckpt_trainer.chunks import Back, Channel, Chunk, OffloadCounts, known_chunk, remember_chunk, send
-from ckpt_trainer.handles import Handle, Kept, Moved, Place, Sharded, bytes_range
+from ckpt_trainer.chunks import Channel, OffloadCounts, send
+from ckpt_trainer.groups import Group, Reference, Use
+from ckpt_trainer.handles import Place
 from ckpt_trainer.host_memory import HostPool
 from ckpt_trainer.host_store import HostStore
 from ckpt_trainer.log import logger
-from ckpt_trainer.memory import format_bytes, storages_of
+from ckpt_trainer.memory import format_bytes
 
-# A smaller tensor is not worth a copy of its own.
-MIN_BYTES = 2**20
-_IN_FLIGHT = 2
+# Groups that may be on their way when a block's forward is over.
+_IN_FLIGHT = 1
 _READ_AHEAD = 2
 
 
@@ -158,7 +157,7 @@ class _Lane:
                 self._unsent.append(reference)
 
     def send_older(self) -> None:
-        """All groups but the newest leave; computation waits for the oldest on their way."""
+        """All groups but the newest leave."""
         with self._lock:
             for _ in range(len(self._unsent)):
                 reference = self._unsent.popleft()
@@ -167,6 +166,10 @@ class _Lane:
                 elif (group := reference()) is not None:
                     self._send(group)
                     self._in_flight.append(reference)
+
+    def wait_for_oldest(self) -> None:
+        """Computation waits for the groups that are longest on their way."""
+        with self._lock:
             while len(self._in_flight) > _IN_FLIGHT:
                 _settle(self._in_flight.popleft()())
 
@@ -240,143 +243,6 @@ class _Lane:
             self._demanded = _nothing
 
 
-class Group:
-    """What one call of one block packed. Owned by what autograd holds of it.
-
-    Args:
-        lane: Of its device.
-        number: Groups are numbered as they begin.
-        before: The group that began before it on this device.
-        own: Parameters and buffers of the block.
-        to_disk: What it packs may go on from the host to disk.
-    """
-
-    def __init__(self, lane: _Lane, number: int, before: Reference, own: Sequence[Tensor], to_disk: bool) -> None:
-        self.lane = lane
-        self.number = number
-        self.before = before
-        self._own = own
-        self._to_disk = to_disk
-        self._own_storages: set[int] | None = None
-        self._uses: list[weakref.ref[Use]] = []
-
-    def uses(self) -> list[Use]:
-        """Those alive, the last packed first, which is the order in which backward asks for them."""
-        return [use for reference in reversed(self._uses) if (use := reference()) is not None]
-
-    def packed_inputs(self) -> None:
-        """The inputs of the call are packed: older groups may leave."""
-        self.lane.send_older()
-
-    def pack(self, tensor: Tensor) -> Handle:
-        """The hook for what autograd saves."""
-        if type(tensor) is DTensor:
-            return Sharded(tensor, self.pack)
-        why = self._why_kept(tensor)
-        found = bytes_range(tensor) if why is None else None
-        if found is None:
-            self.lane.channel.counts.keep(why or "small part of a storage", _bytes_of(tensor))
-            return Kept(tensor)
-        self.lane.note(self)
-        return Moved(tensor, self._use(tensor, *found))
-
-    def _why_kept(self, tensor: Tensor) -> str | None:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-            return f"a {type(tensor).__name__}, {str(tensor.layout).removeprefix('torch.')}"
-        if tensor.device != self.lane.channel.streams.device:
-            return f"on {tensor.device.type}"
-        if tensor.nbytes < MIN_BYTES:
-            return f"below {format_bytes(MIN_BYTES)}"
-        if tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
-            return "of a special kind"
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return "within a function transform"
-        return "parameter or buffer" if self._is_own(tensor) else None
-
-    def _is_own(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
-            return True
-        if self._own_storages is None:
-            self._own_storages = {storage._cdata for own in self._own for storage in storages_of(own)}
-        return tensor.untyped_storage()._cdata in self._own_storages
-
-    def _use(self, tensor: Tensor, start: int, end: int) -> Use:
-        channel = self.lane.channel
-        chunk = known_chunk(tensor, channel, start, end)
-        if chunk is None:
-            chunk = Chunk(channel, tensor, start, end - start)
-            remember_chunk(tensor, chunk)
-        else:
-            chunk.retake(tensor)
-        chunk.last = self.number
-        chunk.to_disk |= self._to_disk
-        use = next((use for use in self.uses() if use.chunk is chunk), None)
-        if use is None:
-            use = Use(self, chunk)
-            self._uses.append(weakref.ref(use))
-        use.number += 1
-        use.left += 1
-        return use
-
-
-class Use:
-    """What one group has of one chunk.
-
-    Attributes:
-        number: How many tensors of the group lie in the chunk.
-        left: How many of them backward did not ask for yet.
-        loaded: The memory that the chunk was brought back to, until all were asked for.
-    """
-
-    __slots__ = ("__weakref__", "chunk", "group", "left", "loaded", "number")
-
-    def __init__(self, group: Group, chunk: Chunk) -> None:
-        self.group = group
-        self.chunk = chunk
-        self.number = self.left = 0
-        self.loaded: tuple[Tensor, Back] | None = None
-
-    def take(self) -> Place:
-        """Where the chunk is, ready for computation on the live stream."""
-        return self.group.lane.take(self)
-
-    def place(self) -> Place:
-        if (source := self.chunk.source) is not None:
-            self._taken()
-            return Place(source.untyped_storage(), 0, None)
-        if self.loaded is not None and self.loaded[1].stream != self.chunk.channel.streams.live():
-            self.drop()
-        memory, back = self.load()
-        back.wait(counted=True)
-        self._taken()
-        return Place(memory.untyped_storage(), self.chunk.start, back.mark)
-
-    def _taken(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            self.left = self.number  # for a graph that is kept and run again
-            self.loaded = None
-            self.chunk.settle()
-
-    def load(self) -> tuple[Tensor, Back]:
-        """Begin to bring the chunk back."""
-        if self.loaded is None:
-            self.loaded = self.chunk.bring_back()
-        return self.loaded
-
-    def drop(self) -> None:
-        """Give up what was brought back."""
-        if self.loaded is not None:
-            self.loaded[1].wait()
-            self.loaded = None
-
-    def __del__(self) -> None:
-        self.drop()
-
-
-Reference = Callable[[], Group | None]
-
-
 def _nothing() -> None:
     return None
 
@@ -386,7 +252,3 @@ def _settle(group: Group | None) -> None:
     for use in group.uses() if group is not None else ():
         if use.chunk.last == group.number:  # type: ignore[union-attr]
             use.chunk.settle()
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.nbytes if type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided else 0

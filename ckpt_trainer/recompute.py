@@ -34,8 +34,9 @@ from ckpt_trainer import side_channels
 from ckpt_trainer.arguments import copy_of, fill, fill_each, lift
 from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
 from ckpt_trainer.flops import FlopCounter
+from ckpt_trainer.groups import Group
 from ckpt_trainer.handles import Pack, unpack
-from ckpt_trainer.offload import Group, Offloading
+from ckpt_trainer.offload import Offloading
 from ckpt_trainer.rebuild import Rebuilding
 from ckpt_trainer.segments import Segments
 
@@ -133,7 +134,9 @@ class Movable:
             return forward(*args, **kwargs)
         group.packed_inputs()
         with saved_tensors_hooks(group.pack, unpack):
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+        group.ended()
+        return output
 
 
 @dataclass(frozen=True)
@@ -162,9 +165,12 @@ class Rebuildable:
         if why is not None:
             return forward(*args, **kwargs)
         group = self.elsewhere.begin(tensors) if self.elsewhere is not None else None
-        if group is not None:
-            group.packed_inputs()
-        return self.rebuilding.run(forward, args, kwargs, self.parameters, group.pack if group is not None else None)
+        if group is None:
+            return self.rebuilding.run(forward, args, kwargs, self.parameters)
+        group.packed_inputs()
+        output = self.rebuilding.run(forward, args, kwargs, self.parameters, group.pack)
+        group.ended()
+        return output
 
 
 class Stored(Protocol):
@@ -246,7 +252,9 @@ class Replayable:
         if group is None:
             return self._checkpointed(call, tensors)
         with saved_tensors_hooks(group.pack, unpack):  # of the inputs; the checkpoint has hooks of its own within
-            return self._checkpointed(call, tensors)
+            output = self._checkpointed(call, tensors)
+        group.ended()
+        return output
 
     def _plainly(self, why: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.tally.calls[why] += 1
