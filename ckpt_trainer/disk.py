@@ -57,9 +57,9 @@ class Ticket(Taken):
             OSError: It could not be written.
         """
         self._done.wait()
-        error = _fresh(self._error)
-        if error is not None:
-            raise error
+        if self._error is not None:
+            # Another one each time, and not by a name: one that is raised holds the frames that it comes through.
+            raise OSError(*self._error.args)
 
 
 class DiskFile:
@@ -331,7 +331,7 @@ def _explained(error: OSError, found: str, do: str) -> OSError:
 
 
 def _fresh(error: OSError | None) -> OSError | None:
-    """Another one each time, because one that is raised holds the frames that it comes through."""
+    """Another one, because one that is raised holds the frames that it comes through."""
     return None if error is None else OSError(*error.args)
 
 

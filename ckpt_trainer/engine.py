@@ -269,7 +269,8 @@ def checkpointing(
         policy: A function of a `Block` that returns its `Action`, the text of one (`selective:attention`), or None for
             what the mode says.
         flags: The other flags without their prefix: `modules`, `every_n`, `save`, `segment`, `plan` (also a `Plan`),
-            `skip_frozen`, `use_reentrant`, `input_grads`, `self_check`; and of torch's checkpoint `preserve_rng_state`,
+            `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `skip_frozen`, `use_reentrant`,
+            `input_grads`, `self_check`; and of torch's checkpoint `preserve_rng_state`,
             `determinism_check`, `context_fn`, `debug`, `early_stop`.
 
     Yields:

@@ -153,15 +153,15 @@ class CheckpointingMixin(_Base):
     def _checkpointing_metrics(self, checkpointing: Checkpointing) -> dict[str, float]:
         report = checkpointing.report()
         metrics = dict(report["memory"])
+        offload = report["offload"] if report["offload"] and report["offload"]["devices"] else None
         # Of these, what came since the last time.
-        totals = {f"offload_{key}": report["offload"][key] for key in _OFFLOAD_METRICS if report["offload"]}
+        totals = {f"offload_{key}": offload[key] for key in _OFFLOAD_METRICS} if offload else {}
         if report["calls"]:  # none are seen where the model is compiled
             totals["recomputed_blocks"] = report["recomputed_blocks"]
         metrics |= {key: total - self._checkpointing_logged.get(key, 0) for key, total in totals.items()}
         self._checkpointing_logged = totals
-        if report["offload"]:
-            metrics["offload_host_peak_bytes"] = report["offload"]["host_peak_bytes"]
-            metrics["offload_kept_bytes"] = sum(kept["bytes"] for kept in report["offload"]["kept"].values())
+        if offload:
+            metrics["offload_host_peak_bytes"] = offload["host_peak_bytes"]
         if report["recomputed_flops_share"] is not None:
             metrics["recomputed_flops_share"] = round(report["recomputed_flops_share"], 4)
         return {f"checkpointing/{key}": value for key, value in metrics.items()}
