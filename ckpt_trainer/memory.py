@@ -120,7 +120,8 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """What a tensor is stored in: one storage, those of its parts, or none that can be told."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        return [storage for name in names for storage in storages_of(getattr(tensor, name))]
+        parts = [getattr(tensor, name) for name in names]  # a mesh may be among them
+        return [storage for part in parts if isinstance(part, Tensor) for storage in storages_of(part)]
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
     return [tensor.untyped_storage()] if tensor.layout is torch.strided else []

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
@@ -24,6 +26,7 @@ from ckpt_trainer.memory import (
     parse_bytes,
     peak_bytes,
     reset_peak,
+    storages_of,
 )
 
 KB = 4096  # a float32 tensor of 1024 elements
@@ -453,3 +456,14 @@ def test_counting_changes_no_bit(kind, checkpointed):
         del counted
         peaks.append(live.peak)
     assert len(set(peaks)) == 1, "counting is repeatable and costs no memory"
+
+
+def test_storage_of_a_sharded_tensor_is_that_of_its_local_part(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        local = torch.ones(4, 8)
+        sharded = DTensor.from_local(local, mesh, [Shard(0)])
+        assert [storage._cdata for storage in storages_of(sharded)] == [local.untyped_storage()._cdata]
+    finally:
+        torch.distributed.destroy_process_group()
