@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ckpt_trainer.host_memory import Pieces
 from ckpt_trainer.host_store import HostStore, Slot
@@ -116,21 +117,26 @@ class Back:
         mark: Counts versions with all tensors that lie in the memory.
     """
 
-    __slots__ = ("_channel", "_event", "_storage", "mark", "stream")
+    __slots__ = ("_channel", "_event", "_storage", "_version", "mark", "stream")
 
     def __init__(self, channel: Channel, memory: Tensor, stream: Any, event: Any) -> None:
         self._channel = channel
         self._storage = weakref.ref(memory.untyped_storage())
         self._event = event
         self.mark = mark_of(memory)
+        self._version = memory._version  # The copy raised it.
         self.stream = stream
 
     def memory(self, stream: Any) -> Tensor | None:
         """The memory, if it is alive, as it came, and this stream's."""
         storage = self._storage()
-        if storage is None or self.mark._version or stream != self.stream:
+        if storage is None or not self.is_fit(stream):
             return None
         return seen(self.mark, storage, torch.uint8, (storage.nbytes(),), (1,), 0)
+
+    def is_fit(self, stream: Any) -> bool:
+        """Whether the memory is as it came, and this stream's."""
+        return self.mark._version == self._version and bool(stream == self.stream)
 
     def wait(self, counted: bool = False) -> None:
         """Before the memory is used or dropped: the stream that it belongs to waits for the inward copy."""
@@ -148,6 +154,7 @@ class Chunk:
         tensor: One that lies within.
         start: First byte within its storage.
         nbytes: Number of bytes.
+        counter: Counts versions for the tensor, if it does not do so itself.
 
     Attributes:
         source: The bytes on the device, for as long as they have not left.
@@ -156,11 +163,13 @@ class Chunk:
     """
 
     __slots__ = (
-        "__weakref__", "_mark", "_version", "back", "channel", "last", "leaving", "nbytes", "slot", "source", "start",
-        "stream", "to_disk",
+        "__weakref__", "_counted", "_mark", "_version", "back", "channel", "last", "leaving", "nbytes", "slot", "source",
+        "start", "stream", "to_disk",
     )  # fmt: skip
 
-    def __init__(self, channel: Channel, tensor: Tensor, start: int, nbytes: int) -> None:
+    def __init__(
+        self, channel: Channel, tensor: Tensor, start: int, nbytes: int, counter: Tensor | None = None
+    ) -> None:
         self.slot: Slot | None = None
         self.channel = channel
         self.stream = channel.streams.live()
@@ -171,16 +180,14 @@ class Chunk:
         self.back: Back | None = None
         self.last = 0
         self.to_disk = False
-        self._mark = mark_of(tensor)
+        self._mark = mark_of(tensor if counter is None else counter)
+        self._counted = self._mark._version
         self._version = tensor._version
 
     def holds(self, tensor: Tensor, start: int, end: int) -> bool:
         """Whether these bytes of the storage lie within, as they were."""
         within = self.start <= start and end <= self.start + self.nbytes
-        return within and (start - self.start) % tensor.element_size() == 0 and self._is_as_packed(tensor)
-
-    def _is_as_packed(self, tensor: Tensor) -> bool:
-        return tensor._version == self._version == self._mark._version
+        return within and tensor._version == self._version and self._mark._version == self._counted
 
     def retake(self, tensor: Tensor) -> None:
         """Hold the bytes on the device again, which a tensor that is there still has."""
@@ -190,9 +197,8 @@ class Chunk:
 
     def settle(self) -> None:
         """Give up the bytes on the device, if they are on the host or on their way."""
-        if self.source is not None and self.slot is not None:
-            if self.leaving is not None:
-                self.leaving.wait(self.stream)
+        if self.source is not None and self.leaving is not None:
+            self.leaving.wait(self.stream)
             self.source = None
 
     def bring_back(self) -> tuple[Tensor, Back]:
@@ -228,15 +234,17 @@ def send(chunks: Sequence[Chunk]) -> list[Chunk]:
     """Copy chunks of one channel to the host, beside computation; returns those for which there was no room."""
     homeless: list[Chunk] = []
     leaving: list[Chunk] = []
-    for chunk in chunks:
-        chunk.slot = chunk.channel.store.put(chunk.nbytes, chunk.to_disk)
-        if chunk.slot is None and leaving:
-            # Those before it may have to go on to disk, for which they must be on their way.
-            _depart(leaving)
-            leaving = []
+    try:
+        for chunk in chunks:
             chunk.slot = chunk.channel.store.put(chunk.nbytes, chunk.to_disk)
-        (homeless if chunk.slot is None else leaving).append(chunk)
-    _depart(leaving)
+            if chunk.slot is None and leaving:
+                # Those before it may have to go on to disk, for which they must be on their way.
+                _depart(leaving)
+                leaving = []
+                chunk.slot = chunk.channel.store.put(chunk.nbytes, chunk.to_disk)
+            (homeless if chunk.slot is None else leaving).append(chunk)
+    finally:  # Those that have room leave, also where the disk failed for one after them.
+        _depart(leaving)
     return homeless
 
 
@@ -293,7 +301,13 @@ def mark_of(tensor: Tensor) -> Tensor:
     """A tensor without elements that counts versions with another one, and shares no memory with it."""
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         mark = tensor.detach()
-        mark.data = mark.new_empty(0)
+        if not is_traceable_wrapper_subclass(mark):
+            mark.data = mark.new_empty(0)
+            return mark
+        # Data set is data of the wrapper, which has none.
+        for name in mark.__tensor_flatten__()[0]:
+            if isinstance(part := getattr(mark, name), Tensor):
+                setattr(mark, name, part.new_empty(0))
     return mark
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -46,15 +47,17 @@ class Group:
     Args:
         lane: Of its device.
         number: Groups are numbered as they begin.
-        before: The group that began before it on this device.
         own: Parameters and buffers of the block.
         to_disk: What it packs may go on from the host to disk.
+
+    Attributes:
+        before: The group that packed something before it; None until it packs something itself.
     """
 
-    def __init__(self, lane: Lane, number: int, before: Reference, own: Sequence[Tensor], to_disk: bool) -> None:
+    def __init__(self, lane: Lane, number: int, own: Sequence[Tensor], to_disk: bool = False) -> None:
         self.lane = lane
         self.number = number
-        self.before = before
+        self.before: Reference | None = None
         self._own = own
         self._to_disk = to_disk
         self._own_storages: set[int] | None = None
@@ -74,41 +77,48 @@ class Group:
 
     def pack(self, tensor: Tensor) -> Handle:
         """The hook for what autograd saves."""
-        if type(tensor) is DTensor:
-            return Sharded(tensor, self.pack)
+        if type(tensor) is DTensor and not _is_parameter(tensor):
+            return Sharded(tensor, partial(self._pack, counter=tensor))
+        return self._pack(tensor, tensor)
+
+    def _pack(self, tensor: Tensor, counter: Tensor) -> Handle:
         why = self._why_kept(tensor)
         found = bytes_range(tensor) if why is None else None
+        if found is not None and found[1] - found[0] < MIN_BYTES:
+            found, why = None, _small()
         if found is None:
             self.lane.channel.counts.keep(why or "small part of a storage", _bytes_of(tensor))
             return Kept(tensor)
         self.lane.note(self)
-        return Moved(tensor, self._use(tensor, *found))
+        return Moved(tensor, self._use(tensor, *found, counter))
 
     def _why_kept(self, tensor: Tensor) -> str | None:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return f"a {type(tensor).__name__}, {str(tensor.layout).removeprefix('torch.')}"
         if tensor.device != self.lane.channel.streams.device:
             return f"on {tensor.device.type}"
-        if tensor.nbytes < MIN_BYTES:
-            return f"below {format_bytes(MIN_BYTES)}"
-        if tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
-            return "of a special kind"
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return "within a function transform"
+        if tensor.untyped_storage().nbytes() < MIN_BYTES:
+            return _small()
+        if tensor.is_inference() or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return "of a special kind"
         return "parameter or buffer" if self._is_own(tensor) else None
 
     def _is_own(self, tensor: Tensor) -> bool:
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        if _is_parameter(tensor):
             return True
         if self._own_storages is None:
             self._own_storages = {storage._cdata for own in self._own for storage in storages_of(own)}
         return tensor.untyped_storage()._cdata in self._own_storages
 
-    def _use(self, tensor: Tensor, start: int, end: int) -> Use:
+    def _use(self, tensor: Tensor, start: int, end: int, counter: Tensor) -> Use:
         channel = self.lane.channel
-        chunk = known_chunk(tensor, channel, start, end)
+        # Of a part that was written, which it does not count, some bytes may be known as they were before.
+        written = counter is not tensor and counter._version
+        chunk = None if written else known_chunk(tensor, channel, start, end)
         if chunk is None:
-            chunk = Chunk(channel, tensor, start, end - start)
+            chunk = Chunk(channel, tensor, start, end - start, counter)
             remember_chunk(tensor, chunk)
         else:
             chunk.retake(tensor)
@@ -148,7 +158,7 @@ class Use:
         if (source := self.chunk.source) is not None:
             self._taken()
             return Place(source.untyped_storage(), 0, None)
-        if self.loaded is not None and self.loaded[1].stream != self.chunk.channel.streams.live():
+        if self.loaded is not None and not self.loaded[1].is_fit(self.chunk.channel.streams.live()):
             self.drop()
         memory, back = self.load()
         back.wait(counted=True)
@@ -179,6 +189,15 @@ class Use:
 
 
 Reference = Callable[[], Group | None]
+
+
+def _small() -> str:
+    return f"below {format_bytes(MIN_BYTES)}"
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    # FSDP frees and refills the memory of a parameter, which is not among those of the block.
+    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def _bytes_of(tensor: Tensor) -> int:

@@ -19,6 +19,8 @@ from ckpt_trainer.chunks import mark_of, seen
 
 # A view with gaps takes its whole storage along, if that is not more than so many times its own size.
 _WHOLE = 8
+# Where a tensor begins in memory, modulo this, is the same after it came back: some kernels add up in another order else.
+_ALIGNED = 512
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,13 @@ class Sharded:
         self._size = tensor.size()
         self._stride = tensor.stride()
         # The local part counts no versions, since what is written to it is written below autograd.
-        self._mark: Any = tensor.detach()
-        for name in self._parts:
-            setattr(self._mark, name, parts[name].new_empty(0))
+        self._mark = mark_of(tensor)
         self._version = tensor._version
 
     @property
     def changed(self) -> bool:
         """Whether the tensor was changed in place since."""
-        return bool(self._mark._version != self._version)
+        return self._mark._version != self._version
 
     def get(self) -> Tensor:
         """The tensor. Raises RuntimeError if it was changed in place since it was packed."""
@@ -164,7 +164,8 @@ def bytes_range(tensor: Tensor) -> tuple[int, int] | None:
     """First and last byte (exclusive) of what has to leave, so that the memory of a tensor becomes free.
 
     Returns:
-        The bytes of the tensor, or of its whole storage if it has gaps; None if it is a small part of that.
+        The bytes of the tensor and a few before it, or of its whole storage if it has gaps; None if it is a small part of
+        that.
     """
     size, stride, item = tensor.size(), tensor.stride(), tensor.element_size()
     if tensor.numel() == 0:
@@ -173,7 +174,7 @@ def bytes_range(tensor: Tensor) -> tuple[int, int] | None:
     distinct = prod(number for number, step in zip(size, stride, strict=True) if step)
     if distinct >= extent:
         start = int(tensor.storage_offset()) * item
-        return start, start + extent * item
+        return start - start % _ALIGNED, start + extent * item
     # Other views of the storage come with it: query, key and value that one matmul made, for example.
     whole = tensor.untyped_storage().nbytes()
     return (0, whole) if distinct * item * _WHOLE >= whole else None

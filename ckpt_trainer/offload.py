@@ -136,6 +136,7 @@ class _Lane:
         self._lock = threading.RLock()
         self._number = 0
         self._newest: Reference = _nothing
+        self._last: Reference = _nothing
         self._unsent: deque[Reference] = deque()
         self._in_flight: deque[Reference] = deque()
         self._demanded: Reference = _nothing
@@ -144,15 +145,17 @@ class _Lane:
     def begin(self, own: Sequence[Tensor], to_disk: bool) -> Group:
         with self._lock:
             self._number += 1
-            group = Group(self, self._number, self._newest, own, to_disk)
+            group = Group(self, self._number, own, to_disk)
             self._newest = weakref.ref(group)
-            self._unsent.append(self._newest)
             return group
 
     def note(self, group: Group) -> None:
         """A group packs something. Normally the newest; not where there is a block within a block."""
         with self._lock:
             reference = weakref.ref(group)
+            if group.before is None:
+                # Only now, since one of which nothing leaves is gone by the time that backward follows these.
+                group.before, self._last = self._last, reference
             if reference not in self._unsent:
                 self._unsent.append(reference)
 
@@ -195,12 +198,11 @@ class _Lane:
     def _demand(self, group: Group) -> None:
         """Backward asks for the first tensor of a group: bring back the group and those before it."""
         window = [group]
-        while len(window) <= self._prefetch and (before := window[-1].before()) is not None:
+        while len(window) <= self._prefetch and (before := _before(window[-1])) is not None:
             window.append(before)
-        for _ in range(len(self._in_flight)):
-            leaving = self._in_flight.popleft()()
-            if leaving not in window:
-                _settle(leaving)
+        for reference in [one for one in self._in_flight if one() not in window]:
+            self._in_flight.remove(reference)
+            _settle(reference())
         for use in group.uses():
             if use.chunk.source is None:
                 self.channel.counts.hits += use.loaded is not None
@@ -208,7 +210,7 @@ class _Lane:
                 use.load()
         for ahead in window[1:]:
             self._load_ahead(ahead)
-        self._read_ahead(window[-1].before())
+        self._read_ahead(_before(window[-1]))
         # Of the one demanded last, some may still be asked for.
         self._release([*window, self._demanded()])
         self._loaded = [weakref.ref(one) for one in (*window, self._demanded()) if one is not None]
@@ -228,7 +230,7 @@ class _Lane:
             for use in group.uses() if group is not None else ():
                 if use.chunk.slot is not None:
                     self.channel.store.fetch_ahead(use.chunk.slot)
-            group = group.before() if group is not None else None
+            group = _before(group)
 
     def _release(self, but: Sequence[Group | None]) -> None:
         for group in (reference() for reference in self._loaded):
@@ -245,6 +247,11 @@ class _Lane:
 
 def _nothing() -> None:
     return None
+
+
+def _before(group: Group | None) -> Group | None:
+    """The group before this one of which something may leave, if it is alive."""
+    return group.before() if group is not None and group.before is not None else None
 
 
 def _settle(group: Group | None) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_trainer.chunks import mark_of
-from ckpt_trainer.handles import Handle, Pack
+from ckpt_trainer.handles import Handle, Kept, Pack
 from ckpt_trainer.rebuild_rules import Node
 
 _KEY = "ckpt_trainer"
@@ -22,7 +22,9 @@ _KEY = "ckpt_trainer"
 class Held:
     """A tensor stored in the graph as it is, unless it turns out later that it can be rebuilt (`give_way`) or `move`s."""
 
-    __slots__ = ("__weakref__", "_away", "_back", "_instead", "_left", "signature", "tensor", "uses", "version")
+    __slots__ = (
+        "__weakref__", "_away", "_back", "_instead", "_left", "_lent", "signature", "tensor", "uses", "version",
+    )  # fmt: skip
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because the result of an op that saves it would else hold the op that holds it.
@@ -35,6 +37,7 @@ class Held:
         # What is away comes back once for all who ask, as what is rebuilt.
         self._back: Tensor | None = None
         self._left = 0
+        self._lent = 0  # the version that it came back with
 
     @property
     def is_rebuilt(self) -> bool:
@@ -47,6 +50,7 @@ class Held:
 
     def use(self) -> None:
         self.uses += 1
+        self._left += self._away is not None
         if self._instead is not None:
             self._instead.use()
 
@@ -60,11 +64,14 @@ class Held:
 
     def move(self, pack: Pack) -> None:
         """Let what `pack` makes of the tensor stand for it from now on."""
-        stays = isinstance(self.tensor, nn.Parameter) or self._instead is not None or self._away is not None
-        if self.uses and not stays and self.is_valid:
-            self._away = pack(self.tensor)
-            self._left = self.uses
-            self.tensor = mark_of(self.tensor)
+        if self._instead is not None:
+            self._instead.move(pack)
+        elif self.uses and self._away is None and not isinstance(self.tensor, nn.Parameter) and self.is_valid:
+            away = pack(self.tensor)
+            if not isinstance(away, Kept):
+                self._away = away
+                self._left = self.uses
+                self.tensor = mark_of(self.tensor)
 
     def peek(self) -> Tensor:
         if self._away is not None:
@@ -85,7 +92,10 @@ class Held:
         return self.tensor
 
     def _get_away(self, away: Handle) -> Tensor:
-        back = away.get() if self._back is None else self._back
+        back = self._back
+        if back is None or away.changed or back._version != self._lent:
+            back = away.get()
+            self._lent = back._version
         self._left -= 1
         self._back = back if self._left > 0 else None
         if self._left <= 0:

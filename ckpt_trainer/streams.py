@@ -114,7 +114,7 @@ class Accelerator:
     def host(self, nbytes: int) -> Tensor:
         # Not one of inference mode, which nobody could write to outside of it.
         with torch.inference_mode(False):
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+            return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
 
     def synchronize(self, event: torch.Event) -> None:
         event.synchronize()
@@ -131,10 +131,14 @@ class Accelerator:
             return torch.Event(self.device, enable_timing=True)
 
     def _add_up(self) -> None:
-        while self._waits and self._waits[0][1].query():
+        while True:
             try:
                 before, after = self._waits.popleft()
-            except IndexError:  # another thread took it
+            except IndexError:
+                return
+            # Only what was taken out is looked at: other threads and finalisers take from here too.
+            if not after.query():
+                self._waits.appendleft((before, after))
                 return
             self._waited += before.elapsed_time(after) / 1000
             self._spare += (before, after)
