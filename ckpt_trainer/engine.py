@@ -84,6 +84,8 @@ class Checkpointing:
                 "the model is compiled, so that the compiler chooses what is stored: mode selective does nothing, and "
                 "names in checkpointing_save are not looked at."
             )
+        if self._moves and is_compiled(model):
+            warnings.append("the model is compiled, which offload does not reach: its tensors stay on the device.")
         for warning in warnings:
             self._say(logging.WARNING, warning)
 

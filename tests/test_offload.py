@@ -277,3 +277,17 @@ def test_live_bytes_fall_by_what_leaves(monkeypatch, device):
         return current
 
     assert alive_after_forward(mode="full") - alive_after_forward(mode="offload") == 6 * one
+
+
+def test_a_compiled_model_is_not_reached_and_says_so(device, caplog):
+    batch, found = tiny_models.CASES["llama"].batch(), {}
+    for mode in ("full", "offload"):
+        model = tiny_models.llama(2)
+        compiled = torch.compile(model, backend="eager")
+        torch.manual_seed(3)
+        with checkpointing(compiled, mode=mode) as state:
+            compiled(**batch)["loss"].backward()
+        found[mode] = [parameter.grad for parameter in model.parameters()]
+    assert_equal(found["offload"], found["full"])
+    assert state.report()["offload"]["bytes_out"] == 0
+    assert "the model is compiled, which offload does not reach" in caplog.text
