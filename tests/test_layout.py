@@ -20,7 +20,8 @@ FLOOR = {
     "streams": 0, "extents": 0,
     "blocks": 1, "flops": 1, "flag_values": 1, "flag_rules": 1, "ops": 1, "segments": 1, "host_memory": 1,
     "disk": 2, "chosen_ops": 2, "policies": 3, "prepare": 3, "gradient_check": 3, "host_store": 3,
-    "chunks": 4, "handles": 5, "groups": 6, "offload": 7, "packed": 6, "runs": 6, "stored_results": 6, "rebuild": 7, "stored_modules": 7,
+    "chunks": 4, "handles": 5, "groups": 6, "packed": 6, "runs": 6, "stored_results": 6, "offload": 7, "rebuild": 7,
+    "stored_modules": 7,
     "recompute": 8, "install": 9, "first_pass": 9, "training_args": 10, "report": 10, "engine": 11, "trainer": 12,
     "__init__": 13,
 }  # fmt: skip
