@@ -6,8 +6,9 @@ long as anyone needs the chunk, so that it can be brought back any number of tim
 NOTE on order. Nothing here makes the host wait. Streams wait for each other:
   1. A copy comes after what computation had to do with its source or target so far: the outward stream waits for the
      stream that was live when the chunk was made, the inward stream for the one live when memory was taken for it.
-  2. The memory of the source is given up only once the stream that it belongs to waits for the outward copy; and host
-     memory is used anew only by outward streams that wait for the copies from and to it.
+  2. The memory of the source is given up only once the stream that it belongs to waits for the outward copy, and for
+     other streams that got the same tensor. Host memory is used anew only by outward streams that wait for the copies
+     from and to it.
   3. What is brought back is used, or dropped unused, only once the live stream waits for the inward copy, which itself
      comes after the outward copy.
 No memory is lent to other streams (`record_stream`), so the peak is the same in every step.
@@ -163,8 +164,8 @@ class Chunk:
     """
 
     __slots__ = (
-        "__weakref__", "_counted", "_mark", "_version", "back", "channel", "last", "leaving", "nbytes", "slot", "source",
-        "start", "stream", "to_disk",
+        "__weakref__", "_counted", "_mark", "_readers", "_version", "back", "channel", "last", "leaving", "nbytes", "slot",
+        "source", "start", "stream", "to_disk",
     )  # fmt: skip
 
     def __init__(
@@ -180,6 +181,7 @@ class Chunk:
         self.back: Back | None = None
         self.last = 0
         self.to_disk = False
+        self._readers: Sequence[Any] = ()  # other streams that compute with the bytes on the device
         self._mark = mark_of(tensor if counter is None else counter)
         self._counted = self._mark._version
         self._version = tensor._version
@@ -191,14 +193,20 @@ class Chunk:
 
     def retake(self, tensor: Tensor) -> None:
         """Hold the bytes on the device again, which a tensor that is there still has."""
+        live = self.channel.streams.live()
         if self.source is None:
             self.source = _bytes_of(tensor, self.start, self.nbytes)
-            self.stream = self.channel.streams.live()
+            self.stream = live
+        elif live != self.stream:
+            self._readers = [*(other for other in self._readers if other != live), live]
 
     def settle(self) -> None:
         """Give up the bytes on the device, if they are on the host or on their way."""
         if self.source is not None and self.leaving is not None:
             self.leaving.wait(self.stream)
+            for other in self._readers:
+                self.channel.streams.wait(self.stream, self.channel.streams.record(other))
+            self._readers = ()
             self.source = None
 
     def bring_back(self) -> tuple[Tensor, Back]:

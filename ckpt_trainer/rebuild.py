@@ -105,8 +105,10 @@ class Rebuilding:
         if not AVAILABLE:
             return forward(*args, **kwargs)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        outer, self._here.run = self._here.run, _Run((*parameters, *inputs), [self._packed(value) for value in inputs])
+        # In a run of its own: what is learnt of the nodes that made the inputs would else be kept for good.
+        outer, self._here.run = self._here.run, _Run((), ())
         try:
+            self._here.run = _Run((*parameters, *inputs), [self._packed(value) for value in inputs])
             with saved_tensors_hooks(self._pack, unpack):
                 output = forward(*args, **kwargs)
             for node, number, held in self._here.run.results:
