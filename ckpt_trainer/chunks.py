@@ -17,7 +17,7 @@ No memory is lent to other streams (`record_stream`), so the peak is the same in
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ class OffloadCounts:
         bytes_in: Bytes copied back; `copies_in` likewise.
         hits: Chunks that were back, or on their way, when backward asked for the first of their block.
         misses: Chunks whose way back began only then.
+        failures: Prefetches that failed, for want of device memory mostly.
         kept: Why a tensor stayed on the device -> number of tensors and their bytes.
     """
 
@@ -51,6 +52,7 @@ class OffloadCounts:
     copies_in: int = 0
     hits: int = 0
     misses: int = 0
+    failures: int = 0
     kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def keep(self, why: str, nbytes: int) -> None:
@@ -101,8 +103,9 @@ class Leaving:
     def wait(self, stream: Any) -> None:
         """Before the memory of a source is given up: the stream that it belongs to waits for the copies."""
         if stream not in self._waiting:
-            self._waiting.append(stream)
             self._channel.streams.wait(stream, self.event, counted=True)
+            # Not before: another thread would give the memory up without a wait.
+            self._waiting.append(stream)
 
 
 class Back:
@@ -141,10 +144,12 @@ class Back:
 
     def wait(self, counted: bool = False) -> None:
         """Before the memory is used or dropped: the stream that it belongs to waits for the inward copy."""
-        event, self._event = self._event, None
+        event = self._event
         if event is not None:
             self._channel.streams.wait(self.stream, event, counted=counted)
             self._channel.wait_before_reuse(event)
+            # Not before: another thread would use the memory without a wait.
+            self._event = None
 
 
 class Chunk:
@@ -164,8 +169,8 @@ class Chunk:
     """
 
     __slots__ = (
-        "__weakref__", "_counted", "_mark", "_readers", "_version", "back", "channel", "last", "leaving", "nbytes", "slot",
-        "source", "start", "stream", "to_disk",
+        "__weakref__", "_counted", "_mark", "_origin", "_readers", "_version", "back", "channel", "last", "leaving",
+        "nbytes", "slot", "source", "start", "stream", "to_disk",
     )  # fmt: skip
 
     def __init__(
@@ -181,6 +186,7 @@ class Chunk:
         self.back: Back | None = None
         self.last = 0
         self.to_disk = False
+        self._origin: Callable[[], torch.UntypedStorage | None] = lambda: None
         self._readers: Sequence[Any] = ()  # other streams that compute with the bytes on the device
         self._mark = mark_of(tensor if counter is None else counter)
         self._counted = self._mark._version
@@ -200,6 +206,12 @@ class Chunk:
         elif live != self.stream:
             self._readers = [*(other for other in self._readers if other != live), live]
 
+    def is_here(self) -> bool:
+        """Whether the bytes are on the device: they did not leave, or someone else has kept them there."""
+        if self.source is None and (storage := self._origin()) is not None and self._mark._version == self._counted:
+            self.source = _bytes_in(storage, self.start, self.nbytes)
+        return self.source is not None
+
     def settle(self) -> None:
         """Give up the bytes on the device, if they are on the host or on their way."""
         if self.source is not None and self.leaving is not None:
@@ -207,6 +219,7 @@ class Chunk:
             for other in self._readers:
                 self.channel.streams.wait(self.stream, self.channel.streams.record(other))
             self._readers = ()
+            self._origin = weakref.ref(self.source.untyped_storage())
             self.source = None
 
     def bring_back(self) -> tuple[Tensor, Back]:
@@ -337,8 +350,11 @@ def seen(
 
 def _bytes_of(tensor: Tensor, start: int, nbytes: int) -> Tensor:
     """The bytes as a tensor that has no graph and keeps their memory alive."""
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, start, (nbytes,), (1,))
+    return _bytes_in(tensor.untyped_storage(), start, nbytes)
+
+
+def _bytes_in(storage: torch.UntypedStorage, start: int, nbytes: int) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, start, (nbytes,), (1,))
 
 
 def _places(pieces: Pieces) -> Iterator[tuple[int, Tensor]]:

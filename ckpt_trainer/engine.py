@@ -216,6 +216,11 @@ class Checkpointing:
     def _offload_report(self) -> dict[str, Any] | None:
         return self._offloading.report() if self._offloading is not None and self._moves else None
 
+    def release(self) -> None:
+        """Training is over: give back the host memory that offload took; the report stays."""
+        if self._offloading is not None:
+            self._offloading.release()
+
     @property
     def is_used(self) -> bool:
         """Whether a step was begun."""
@@ -283,5 +288,8 @@ def checkpointing(
     """
     mode = "full" if mode is None and flags.get("plan") is None else mode
     state = Checkpointing(model, settings_of_flags({"mode": mode, **flags}), policy=policy)
-    with state.step():
-        yield state
+    try:
+        with state.step():
+            yield state
+    finally:
+        state.release()

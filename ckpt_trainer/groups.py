@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.chunks import Back, Channel, Chunk, known_chunk, remember_chunk
-from ckpt_trainer.handles import Handle, Kept, Moved, Place, Sharded, bytes_range
+from ckpt_trainer.handles import Handle, Kept, Moved, Place, Sharded, bytes_range, is_of_parameter
 from ckpt_trainer.memory import format_bytes, storages_of
 
 # A smaller tensor is not worth a copy of its own.
@@ -61,11 +61,20 @@ class Group:
         self._own = own
         self._to_disk = to_disk
         self._own_storages: set[int] | None = None
-        self._uses: list[weakref.ref[Use]] = []
+        # By the address of their chunk, which they keep alive.
+        self._uses: weakref.WeakValueDictionary[int, Use] = weakref.WeakValueDictionary()
 
     def uses(self) -> list[Use]:
         """Those alive, the last packed first, which is the order in which backward asks for them."""
-        return [use for reference in reversed(self._uses) if (use := reference()) is not None]
+        return list(self._uses.values())[::-1]
+
+    def awaited(self) -> list[Use]:
+        """Those that backward did not ask for yet; all of them, once it asked for all: the graph is kept."""
+        uses = self.uses()
+        if all(use.taken for use in uses):
+            for use in uses:
+                use.taken = False
+        return [use for use in uses if not use.taken]
 
     def packed_inputs(self) -> None:
         """The inputs of the call are packed: older groups may leave."""
@@ -77,7 +86,7 @@ class Group:
 
     def pack(self, tensor: Tensor) -> Handle:
         """The hook for what autograd saves."""
-        if type(tensor) is DTensor and not _is_parameter(tensor):
+        if type(tensor) is DTensor and not is_of_parameter(tensor):
             return Sharded(tensor, partial(self._pack, counter=tensor))
         return self._pack(tensor, tensor)
 
@@ -96,7 +105,7 @@ class Group:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return f"a {type(tensor).__name__}, {str(tensor.layout).removeprefix('torch.')}"
         if tensor.device != self.lane.channel.streams.device:
-            return f"on {tensor.device.type}"
+            return f"on {tensor.device}"
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return "within a function transform"
         if tensor.untyped_storage().nbytes() < MIN_BYTES:
@@ -106,7 +115,7 @@ class Group:
         return "parameter or buffer" if self._is_own(tensor) else None
 
     def _is_own(self, tensor: Tensor) -> bool:
-        if _is_parameter(tensor):
+        if is_of_parameter(tensor):
             return True
         if self._own_storages is None:
             self._own_storages = {storage._cdata for own in self._own for storage in storages_of(own)}
@@ -124,10 +133,9 @@ class Group:
             chunk.retake(tensor)
         chunk.last = self.number
         chunk.to_disk |= self._to_disk
-        use = next((use for use in self.uses() if use.chunk is chunk), None)
+        use = self._uses.get(id(chunk))
         if use is None:
-            use = Use(self, chunk)
-            self._uses.append(weakref.ref(use))
+            use = self._uses[id(chunk)] = Use(self, chunk)
         use.number += 1
         use.left += 1
         return use
@@ -140,22 +148,25 @@ class Use:
         number: How many tensors of the group lie in the chunk.
         left: How many of them backward did not ask for yet.
         loaded: The memory that the chunk was brought back to, until all were asked for.
+        taken: All were asked for.
     """
 
-    __slots__ = ("__weakref__", "chunk", "group", "left", "loaded", "number")
+    __slots__ = ("__weakref__", "chunk", "group", "left", "loaded", "number", "taken")
 
     def __init__(self, group: Group, chunk: Chunk) -> None:
         self.group = group
         self.chunk = chunk
         self.number = self.left = 0
         self.loaded: tuple[Tensor, Back] | None = None
+        self.taken = False
 
     def take(self) -> Place:
         """Where the chunk is, ready for computation on the live stream."""
         return self.group.lane.take(self)
 
     def place(self) -> Place:
-        if (source := self.chunk.source) is not None:
+        """The same, for the lane."""
+        if self.chunk.is_here() and (source := self.chunk.source) is not None:
             self._taken()
             return Place(source.untyped_storage(), 0, None)
         if self.loaded is not None and not self.loaded[1].is_fit(self.chunk.channel.streams.live()):
@@ -169,6 +180,7 @@ class Use:
         self.left -= 1
         if self.left <= 0:
             self.left = self.number  # for a graph that is kept and run again
+            self.taken = True
             self.loaded = None
             self.chunk.settle()
 
@@ -193,11 +205,6 @@ Reference = Callable[[], Group | None]
 
 def _small() -> str:
     return f"below {format_bytes(MIN_BYTES)}"
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    # FSDP frees and refills the memory of a parameter, which is not among those of the block.
-    return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
 def _bytes_of(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.chunks import mark_of, seen
@@ -178,6 +178,17 @@ def bytes_range(tensor: Tensor) -> tuple[int, int] | None:
     # Other views of the storage come with it: query, key and value that one matmul made, for example.
     whole = tensor.untyped_storage().nbytes()
     return (0, whole) if distinct * item * _WHOLE >= whole else None
+
+
+def is_of_parameter(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter, a view of one, or of the copy of one that autocast made and keeps."""
+    # FSDP frees and refills the memory of a parameter, which need not be among those of the block.
+    whole = tensor if tensor._base is None else tensor._base
+    if isinstance(whole, nn.Parameter):
+        return True
+    node = whole.grad_fn
+    before = node.next_functions[0][0] if node is not None and node.name() == "ToCopyBackward0" else None
+    return before is not None and before.name() == "torch::autograd::AccumulateGrad"
 
 
 def _arrived(tensor: Any) -> Tensor:

@@ -132,8 +132,7 @@ class Slot:
     def __del__(self) -> None:
         # Before the memory is given back: who takes it must find the note.
         if self._gone is not None:
-            wait = None if self.pieces is None else self.read or self.copied
-            self._gone.append(Gone(self.number, 0 if self.to_disk else self.room, wait))
+            self._gone.append(Gone(self.number, 0 if self.to_disk else self.room, self.read or self.copied))
 
 
 class HostStore:
@@ -264,7 +263,7 @@ class HostStore:
 
     def _take(self, nbytes: int, to_disk: bool) -> Pieces | None:
         pieces = self.pool.take(nbytes)
-        # What the system refuses may be less than was reserved. Once the disk failed, what leaves might not find room again.
+        # The system may refuse some of what was reserved. Once the disk failed, what leaves might not find room again.
         while pieces is None and self._file.failed is None and (to_disk or self._reserve(0, False)):
             if not self._make_room(nbytes):
                 return None

@@ -59,6 +59,7 @@ class Offloading:
         self._lanes: dict[torch.device, _Lane | None] = {}
         self._channels: list[Channel] = []
         self._store: HostStore | None = None
+        self._last_report: dict[str, Any] | None = None
         self._lock = threading.Lock()
 
     def begin(self, tensors: Sequence[Tensor], own: Sequence[Tensor], to_disk: bool = False) -> Group | None:
@@ -98,15 +99,29 @@ class Offloading:
             if lane is not None:
                 lane.release_all()
 
+    def release(self) -> None:
+        """Training is over: host memory goes back to the system, once no graph is alive that needs it."""
+        with self._lock:
+            if self._store is None:
+                return
+            self._last_report = self.report()
+            self._channels.clear()  # which know each other
+            self._lanes, self._store = {}, None
+        # torch keeps pinned memory that is free for the next who asks.
+        if torch.accelerator.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()
+
     def report(self) -> dict[str, Any]:
         """What was moved so far, as plain data.
 
         Returns:
-            `devices`: those that something may leave; bytes and number of copies out and in; `prefetch_hits` and
-            `prefetch_misses`, see `OffloadCounts`; `waited_seconds` that computation stood still for copies; bytes of the
-            host in use now, at most so far, and taken from the system; `disk`, if that may be used: bytes written and
-            read, seconds that the host waited for it; `kept`: why tensors stayed -> how many, and bytes.
+            `devices`: those that something may leave; bytes and number of copies out and in; `prefetch_hits`,
+            `prefetch_misses` and `prefetch_failures`, see `OffloadCounts`; `waited_seconds` that computation stood still
+            for copies; bytes of the host in use now, at most so far, and taken from the system; `disk`, if it may be used:
+            bytes written and read, seconds that the host waited for it; `kept`: why tensors stayed -> number, and bytes.
         """
+        if self._store is None and self._last_report is not None:
+            return {**self._last_report, "host_bytes": 0, "host_held_bytes": 0}
         store, counts = self._store, self.counts
         pool = store.pool if store else None
         return {
@@ -117,6 +132,7 @@ class Offloading:
             "copies_in": counts.copies_in,
             "prefetch_hits": counts.hits,
             "prefetch_misses": counts.misses,
+            "prefetch_failures": counts.failures,
             "waited_seconds": sum(channel.streams.waited_seconds for channel in self._channels),
             "host_bytes": pool.in_use if pool else 0,
             "host_peak_bytes": pool.peak if pool else 0,
@@ -203,8 +219,8 @@ class _Lane:
         for reference in [one for one in self._in_flight if one() not in window]:
             self._in_flight.remove(reference)
             _settle(reference())
-        for use in group.uses():
-            if use.chunk.source is None:
+        for use in group.awaited():
+            if not use.chunk.is_here():
                 self.channel.counts.hits += use.loaded is not None
                 self.channel.counts.misses += use.loaded is None
                 use.load()
@@ -218,11 +234,14 @@ class _Lane:
 
     def _load_ahead(self, group: Group) -> None:
         try:
-            for use in group.uses():
-                if use.chunk.source is None:
+            for use in group.awaited():
+                if not use.chunk.is_here():
                     use.load()
-        except torch.OutOfMemoryError:
-            pass  # What is needed now may still fit.
+        except (RuntimeError, OSError) as error:
+            # What is needed now may still fit, and what cannot be read may not be needed.
+            if not self.channel.counts.failures:
+                logger.warning(f"offload: a prefetch failed, which costs time only: {error}")
+            self.channel.counts.failures += 1
 
     def _read_ahead(self, group: Group | None) -> None:
         """Have what is on disk read to host memory, a few groups before it is copied to the device."""

@@ -23,15 +23,19 @@ class Held:
     """A tensor stored in the graph as it is, unless it turns out later that it can be rebuilt (`give_way`) or `move`s."""
 
     __slots__ = (
-        "__weakref__", "_away", "_back", "_instead", "_left", "_lent", "signature", "tensor", "uses", "version",
+        "__weakref__", "_away", "_back", "_instead", "_left", "_lent", "signature", "stays", "tensor", "uses", "version",
     )  # fmt: skip
 
     def __init__(self, tensor: Tensor) -> None:
         # Detached, because the result of an op that saves it would else hold the op that holds it.
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
-        self.version = tensor._version
-        self.signature = hash((tensor.dtype, tensor.is_contiguous()))
+        # What was made in inference mode counts no versions; an op may read it and save nothing of it.
+        self.version = 0 if tensor.is_inference() else tensor._version
+        # Sparse tensors have no strides.
+        contiguous = tensor.layout is torch.strided and tensor.is_contiguous()
+        self.signature = hash((tensor.dtype, tensor.layout, contiguous))
         self.uses = 0
+        self.stays = isinstance(tensor, nn.Parameter)  # others may set it: not to be moved
         self._instead: Rebuilt | None = None
         self._away: Handle | None = None
         # What is away comes back once for all who ask, as what is rebuilt.
@@ -44,9 +48,14 @@ class Held:
         return self._instead is not None
 
     @property
+    def is_away(self) -> bool:
+        """Whether it was moved."""
+        return self._away is not None or (self._instead is not None and self._instead.is_away)
+
+    @property
     def is_valid(self) -> bool:
         """Whether the tensor is as it was when it was stored."""
-        return self.tensor._version == self.version
+        return self.tensor.is_inference() or self.tensor._version == self.version
 
     def use(self) -> None:
         self.uses += 1
@@ -66,7 +75,7 @@ class Held:
         """Let what `pack` makes of the tensor stand for it from now on."""
         if self._instead is not None:
             self._instead.move(pack)
-        elif self.uses and self._away is None and not isinstance(self.tensor, nn.Parameter) and self.is_valid:
+        elif self.uses and self._away is None and not self.stays and self.is_valid:
             away = pack(self.tensor)
             if not isinstance(away, Kept):
                 self._away = away
@@ -127,6 +136,11 @@ class Rebuilt:
         """Whether an op has to run; a view of what is stored takes none."""
         return self.function is not as_view or self.inputs[0].is_rebuilt
 
+    @property
+    def is_away(self) -> bool:
+        """Whether something that it is made of was moved."""
+        return any(packed.is_away for packed in self.inputs)
+
     def use(self) -> None:
         """Count one more who will ask for the tensor; before the first, it asks nothing of its inputs either."""
         if not self.uses:
@@ -167,7 +181,7 @@ class _Nothing(Held):
 
     def __init__(self) -> None:
         self.signature = self.uses = 0
-        self._instead = None
+        self._instead = self._away = None
 
     def move(self, pack: Pack) -> None:
         pass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from ckpt_trainer.handles import Pack
+from ckpt_trainer.handles import Pack, is_of_parameter
 from ckpt_trainer.log import logger
 from ckpt_trainer.packed import Held, Packed, Rebuilt, as_view, known, packed_of, remember, saved_by, unpack
 from ckpt_trainer.rebuild_rules import NORMS, RULES, Node, Rule, dtype_of, norm_rule, shape_of
@@ -37,6 +37,7 @@ class _Run:
         leaves: Parameters and inputs.
         given: What the inputs are packed as; known as long as this lives, so that a cast of an input is rebuilt from the
             input instead of being copied.
+        moves: What is stored will be moved, with that of this block alone.
 
     Attributes:
         versions: Those that the leaves had when it began.
@@ -45,8 +46,9 @@ class _Run:
         packed: What autograd was given.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], given: Sequence[Packed]) -> None:
-        self.versions = {leaf: leaf._version for leaf in leaves if leaf.is_leaf}
+    def __init__(self, leaves: Sequence[Tensor], given: Sequence[Packed], moves: bool = False) -> None:
+        self.moves = moves
+        self.versions = {leaf: leaf._version for leaf in leaves if leaf.is_leaf and not leaf.is_inference()}
         self.given = given
         self.results: list[tuple[Node, int, Held]] = []
         self.norms: list[tuple[Tensor, Node]] = []
@@ -108,7 +110,9 @@ class Rebuilding:
         # In a run of its own: what is learnt of the nodes that made the inputs would else be kept for good.
         outer, self._here.run = self._here.run, _Run((), ())
         try:
-            self._here.run = _Run((*parameters, *inputs), [self._packed(value) for value in inputs])
+            # What is moved is brought back block by block, so nothing is made of what another block stores.
+            given = [self._packed(value) if move is None else _held_anew(value) for value in inputs]
+            self._here.run = _Run((*parameters, *inputs), given, move is not None)
             with saved_tensors_hooks(self._pack, unpack):
                 output = forward(*args, **kwargs)
             for node, number, held in self._here.run.results:
@@ -131,18 +135,27 @@ class Rebuilding:
     def _packed(self, tensor: Tensor) -> Packed:
         node = tensor.grad_fn
         if node is None or type(tensor) not in (Tensor, FakeTensor):
-            return Held(tensor)
+            return self._held(tensor)
         output = tensor.output_nr
-        packed = known(node, output)
+        packed = self._near(known(node, output))
         if packed is not None and self._stands_for(packed, tensor, node):
             return packed
         packed = self._found(tensor, node, output)
         if packed is None:
-            packed = Held(tensor)
+            packed = self._held(tensor)
             if hasattr(node, "_raw_saved_result") and tensor.nbytes >= _SMALL_BYTES:
                 self._here.run.results.append((node, output, packed))
         remember(node, output, packed)
         return packed
+
+    def _held(self, tensor: Tensor) -> Held:
+        held = Held(tensor)
+        held.stays |= self._here.run.moves and is_of_parameter(tensor)
+        return held
+
+    def _near(self, packed: Packed | None) -> Packed | None:
+        """The same, unless it waits elsewhere for another block."""
+        return None if packed is not None and self._here.run.moves and packed.is_away else packed
 
     def _try_again(self, node: Node, output: int, held: Held) -> None:
         """Rebuild the result of an op that saved it before another op saved what it is made of, as `x * sigmoid(x)`."""
@@ -209,7 +222,7 @@ class Rebuilding:
 
     def _result(self, node: Node, output: int, longest: int) -> Packed | None:
         """What gives a result of a node, if that is stored or can be rebuilt from what is; else None."""
-        packed = known(node, output)
+        packed = self._near(known(node, output))
         if packed is None:
             packed = self._made(node, output, longest)
             if packed is not None:
@@ -249,13 +262,13 @@ class Rebuilding:
         inputs = []
         for index in range(len(node.next_functions if rule.tensors is None else rule.tensors)):
             name = rule.tensors[index] if rule.tensors else ""
-            packed = (saved_by(node, name) if name else None) or self._result_before(node, index, longest)
+            packed = self._near(saved_by(node, name) if name else None) or self._result_before(node, index, longest)
             if packed is None:
                 return None
             inputs.append(packed)
         for name in rule.constants:
             saved = getattr(node, f"_raw_saved_{name}")
-            constants = [packed_of(one) for one in (saved if isinstance(saved, tuple) else (saved,))]
+            constants = [self._near(packed_of(one)) for one in (saved if isinstance(saved, tuple) else (saved,))]
             if None in constants:
                 return None
             inputs += [packed for packed in constants if packed is not None]
@@ -274,6 +287,14 @@ class Rebuilding:
     def _epsilon_of(self, node: Node) -> float | None:
         weight = saved_by(node, "weight")
         return None if weight is None else self._epsilons.get(weight.peek())
+
+
+def _held_anew(tensor: Tensor) -> Held:
+    """An input of a block, whatever it was packed as before."""
+    held = Held(tensor)
+    if tensor.grad_fn is not None and type(tensor) in (Tensor, FakeTensor):
+        remember(tensor.grad_fn, tensor.output_nr, held)
+    return held
 
 
 def _without_parameters(inputs: Sequence[Packed]) -> bool:

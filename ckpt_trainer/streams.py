@@ -60,7 +60,7 @@ def why_not(device: torch.device) -> str | None:
         return "mps shares its memory with the host"
     module = torch.get_device_module(device.type)
     properties = module.get_device_properties(device) if hasattr(module, "get_device_properties") else None
-    if getattr(properties, "is_integrated", False):
+    if getattr(properties, "is_integrated", False) or getattr(properties, "is_integrated_gpu", False):
         return f"{getattr(properties, 'name', device.type)} shares its memory with the host"
     return None
 
@@ -81,6 +81,7 @@ class Accelerator:
         self.device = device
         self._pinned = pinned
         self._waited = 0.0
+        self._has_timers = True
         self._waits: deque[tuple[torch.Event, torch.Event]] = deque()
         self._spare: list[torch.Event] = []
 
@@ -94,11 +95,11 @@ class Accelerator:
         return stream.record_event()
 
     def wait(self, stream: torch.Stream, event: torch.Event, counted: bool = False) -> None:
-        if not counted:
+        timers = self._timers() if counted else None
+        if timers is None:
             stream.wait_event(event)
             return
-        self._add_up()
-        before, after = self._timer(), self._timer()
+        before, after = timers
         before.record(stream)
         stream.wait_event(event)
         after.record(stream)
@@ -123,6 +124,15 @@ class Accelerator:
     def waited_seconds(self) -> float:
         self._add_up()
         return self._waited
+
+    def _timers(self) -> tuple[torch.Event, torch.Event] | None:
+        """Two events; None where those of the device tell no time."""
+        try:
+            self._add_up()
+            return (self._timer(), self._timer()) if self._has_timers else None
+        except (RuntimeError, NotImplementedError):
+            self._has_timers = False
+            return None
 
     def _timer(self) -> torch.Event:
         try:

@@ -115,6 +115,8 @@ class CheckpointingMixin(_Base):
             try:
                 return super().train(*args, **kwargs)
             finally:
+                if self._checkpointing is not None:
+                    self._checkpointing.release()
                 # As a model that was loaded: `generate` right after training gives what the saved model gives.
                 if isinstance(self.model, nn.Module):
                     self.model.eval()

@@ -7,12 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from fake_device import FakeStreams
 from test_handles import CHANGES, Road
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ckpt_trainer import checkpointing
+from ckpt_trainer import checkpointing, streams
 from ckpt_trainer.handles import Kept, Moved, unpack
+from ckpt_trainer.offload import Offloading
 from ckpt_trainer.packed import Held, Rebuilt, as_view
 from ckpt_trainer.stored_results import StoredResults
 
@@ -78,7 +80,10 @@ KINDS = {
     "alias of a parameter": (lambda: PARAMETER.detach(), "parameter or buffer"),
     "data of a parameter": (lambda: PARAMETER.data[1:], "parameter or buffer"),
     "view of a parameter of others": (lambda: nn.Parameter(torch.randn(SIZE, 2)).t(), "parameter or buffer"),
-    "cast of a parameter": (lambda: PARAMETER.double(), None),
+    "cast of a parameter": (lambda: PARAMETER.double(), "parameter or buffer"),
+    "view of a cast of a parameter": (lambda: PARAMETER.double().t(), "parameter or buffer"),
+    "cast of a result": (lambda: (PARAMETER * 2).double(), None),
+    "computed from a parameter": (lambda: PARAMETER * 2, None),
     "buffer": (lambda: BUFFER, "parameter or buffer"),
     "view of a buffer": (lambda: BUFFER[:SIZE], "parameter or buffer"),
 }
@@ -211,7 +216,8 @@ def test_one_chunk_in_several_groups(road):
     values, memory = x.clone(), memory_of(x)
     handles = [road.pack(x) for _ in range(4)]
     del x
-    assert memory() is not None  # for as long as a group that has it is among the newest
+    # It goes with the last group that has it.
+    assert road.copies() == (0, 0)
     road.drive()
     assert memory() is None
     assert road.copies() == (1, 0)
@@ -238,6 +244,15 @@ def test_prefetched_for_two_groups_at_once(road_of):
     assert road.fake.races == []
 
 
+def test_the_last_packed_is_brought_back_first(road):
+    """As backward asks for them."""
+    before, handles = road.pack(torch.randn(10), torch.randn(20)), road.pack(*map(torch.randn, (30, 40, 50)))
+    road.drive()
+    handles[-1].get()
+    assert [copy.nbytes // 4 for copy in road.fake.copies if copy.way == "in"] == [50, 40, 30, 20, 10]
+    assert [handle.get().numel() for handle in before] == [10, 20]
+
+
 def test_what_left_and_is_packed_again(road):
     x = torch.randn(64)
     first, memory = road.pack(x), memory_of(x)
@@ -252,6 +267,182 @@ def test_what_left_and_is_packed_again(road):
     assert road.copies() == (1, 0)
     assert torch.equal(first.get(), values)
     assert torch.equal(second.get(), values)
+
+
+def test_what_is_on_its_way_and_packed_again_stays_with_the_newest(road):
+    x = torch.randn(64)
+    first, memory = road.pack(x), memory_of(x)
+    road.drive(1)
+    second = road.pack(x)
+    del x
+    road.drive(1)
+    assert (road.copies(), memory() is not None) == ((1, 0), True)
+    road.drive()
+    assert memory() is None
+    assert torch.equal(first.get(), second.get())
+
+
+def test_what_may_go_on_to_disk(road):
+    x = torch.randn(64)
+    groups = [road.offloading.begin([x], [], to_disk) for to_disk in (False, True, False)]
+    chunks = []
+    for group in groups:
+        road.later.append(group.pack(x))
+        chunks += [(use.chunk, use.chunk.to_disk) for use in group.uses()]
+    assert [to_disk for _, to_disk in chunks] == [False, True, True]
+    assert len({chunk for chunk, _ in chunks}) == 1
+
+
+def test_all_devices_share_what_there_is_of_host_memory(monkeypatch, road):
+    asked, second = [], FakeStreams()
+    devices = {"cpu": road.fake, "meta": second}
+    monkeypatch.setattr(
+        streams, "streams_of", lambda device, pinned: asked.append((device.type, pinned)) or devices[device.type]
+    )
+    offloading = Offloading(lambda: asked.append("cap") or 2**20, pinned=False)
+    groups = [offloading.begin([torch.empty(0, device=kind)], []) for kind in ("cpu", "meta", "cpu")]
+    assert asked == [("cpu", False), "cap", ("meta", False)]
+    assert [group.lane.channel.streams for group in groups] == [road.fake, second, road.fake]
+    assert groups[0].lane.channel.store is groups[1].lane.channel.store
+    assert groups[0].lane is groups[2].lane
+
+
+def test_no_room_on_the_host(road_of, caplog):
+    road = road_of(cap=0)
+    handles = [road.pack(torch.randn(64)) for _ in range(3)]
+    road.drive(1)
+    assert road.counts().kept == {"host budget reached": (3, 3 * 256)}
+    assert caplog.text.count("host budget reached") == 1
+    assert all(handle.get().numel() == 64 for handle in handles)
+
+
+# What backward brings back, and gives up
+
+
+def test_what_has_not_left_when_backward_asks(road):
+    x = torch.randn(64)
+    memory, handles = memory_of(x), road.pack(x, x.view(8, 8))
+    del x
+    road.drive(1)  # on its way, and not awaited
+    handles[0].get()
+    assert memory() is not None
+    handles[1].get()
+    assert memory() is None
+    assert road.copies() == (1, 0)
+    handles[0].get()
+    assert road.copies() == (1, 1)
+
+
+def test_when_backward_begins_all_that_is_on_its_way_has_to_arrive(road_of):
+    road = road_of("lazy", prefetch=0)
+    tensors = [torch.randn(64) for _ in range(4)]
+    memories, handles = [memory_of(x) for x in tensors], [road.pack(x) for x in tensors]
+    tensors.clear()
+    assert all(memory() is not None for memory in memories)
+    handles[-1].get()
+    # Of those asked for, the newest never left.
+    assert [memory() is None for memory in memories] == [True, True, True, False]
+    assert road.fake.races == []
+
+
+def test_time_that_computation_waits_is_counted(road_of):
+    road = road_of("lazy", prefetch=0)
+    handles = [road.pack(torch.randn(64)) for _ in range(2)]
+    road.drive()
+    assert road.fake.stalls > 0
+    road.fake.finish()
+    stalls = road.fake.stalls
+    for number, handle in enumerate(handles, 1):
+        handle.get()
+        assert road.fake.stalls == stalls + number
+    assert road.offloading.report()["waited_seconds"] == stalls + 2
+
+
+def test_what_was_brought_back_ahead_and_is_dropped(road_of):
+    road = road_of("lazy")
+    handles = [road.pack(torch.randn(64)) for _ in range(3)]
+    road.drive()
+    handles[2].get()
+    assert road.fake.device_bytes == 256
+    del handles[1]
+    assert road.fake.device_bytes == 0
+    assert road.fake.races == []
+
+
+def test_what_was_brought_back_ahead_on_another_stream(road_of):
+    road = road_of("lazy")
+    x = torch.randn(64)
+    values, handles = x.clone(), [road.pack(x + number) for number in range(3)]
+    road.drive()
+    other = road.fake.new()
+    road.fake.wait(other, road.fake.record(road.fake.live()))
+    handles[2].get()
+    with road.fake.on_stream(other):
+        found = handles[1].get()
+        road.fake.used(found)
+        assert torch.equal(found, values + 1)
+    assert road.fake.device_bytes == 2 * 256  # this, and the one before
+    assert road.fake.races == []
+
+
+def test_what_backward_passed_by_is_given_up(road_of):
+    road, sizes = road_of("lazy"), (100, 200, 300, 400, 500)
+    handles = [road.pack(x, x.view(2, -1)) for x in map(torch.randn, sizes)]
+    road.drive()
+
+    def on_device():
+        return sorted(memory.nbytes // 4 for memory in road.fake.alive("empty"))
+
+    handles[4][0].get()
+    assert on_device() == [400, 500]
+    handles[2][0].get()  # but what was asked for last may still be needed
+    assert on_device() == [200, 300, 500]
+    handles[4][1].get()
+    assert road.copies() == (5, 2 + 2 + 1)  # only the one before it again
+    assert on_device() == [300, 400]
+    handles[0][0].get()
+    assert on_device() == [100]
+    assert road.fake.races == []
+
+
+def test_what_was_asked_for_last_is_given_up_in_the_end(road_of):
+    road, sizes = road_of("lazy"), (100, 200, 300, 400)
+    handles = [road.pack(x, x.view(2, -1)) for x in map(torch.randn, sizes)]
+    road.drive()
+    for group in reversed(handles):
+        group[0].get()
+    assert sorted(memory.nbytes // 4 for memory in road.fake.alive("empty")) == [100, 200]
+    assert road.copies() == (4, 4)
+
+
+def test_after_a_step_backward_begins_anew(road):
+    handles = [road.pack(torch.randn(64)) for _ in range(2)]
+    road.drive()
+    for _ in range(2):
+        handles[1].get()
+        assert road.fake.device_bytes == 256
+        road.offloading.end_of_step()
+        assert road.fake.device_bytes == 0
+
+
+def test_no_room_on_the_device_for_what_is_brought_back_ahead(road, monkeypatch):
+    handles = [road.pack(torch.full((64,), float(number))) for number in range(2)]
+    road.drive()
+    empty, left = road.fake.empty, [1]
+
+    def scarce(nbytes):
+        if not left:
+            raise torch.OutOfMemoryError("no more")
+        left.pop()
+        return empty(nbytes)
+
+    monkeypatch.setattr(road.fake, "empty", scarce)
+    assert handles[1].get().tolist() == [1.0] * 64
+    with pytest.raises(torch.OutOfMemoryError):
+        handles[0].get()
+    monkeypatch.undo()
+    assert handles[0].get().tolist() == [0.0] * 64
+    assert road.fake.races == []
 
 
 # When memory is free
@@ -653,15 +844,21 @@ class Project(nn.Module):
         return nn.functional.linear(x, torch.ones(4, 4))
 
 
-def stored_call(road, x):
-    stored = StoredResults(Tanh(), "block", ["aten.tanh"])
-    call = stored.call()
+class TanhInPlace(nn.Module):
+    def forward(self, x):
+        return x.tanh().add_(1)
+
+
+def stored_call(road, x, left=True, block=None):
+    block = block or Tanh()
+    call = StoredResults(block, "block", ["aten.tanh"]).call()
     with call.storing():
-        out = Tanh()(x)
+        out = block(x)
     group = road.begin()
     call.move(group.pack)
-    group.packed_inputs()
-    road.drive()
+    if left:
+        group.packed_inputs()
+        road.drive()
     return call, out
 
 
@@ -687,17 +884,14 @@ def test_a_stored_result_that_left_and_was_changed(road, change):
         Tanh()(x)
 
 
-def test_a_replay_that_writes_to_what_it_was_lent(road):
-    """A graph that is kept is replayed again, from what was stored."""
+@pytest.mark.parametrize("left", [False, True])
+def test_a_replay_that_writes_to_what_it_was_lent(road, left):
+    """As the forward did. A graph that is kept is replayed again, from what was stored."""
     x = torch.randn(64, requires_grad=True)
-    call, out = stored_call(road, x)
-    values = out.detach().clone()
-    for lend_source in (False, True):
-        if not lend_source:
-            del out
-        for _ in range(3):
-            with call.reusing():
-                assert torch.equal(Tanh()(x).add_(1), values + 1)
+    call, out = stored_call(road, x, left, TanhInPlace())
+    for _ in range(3):
+        with call.reusing():
+            assert torch.equal(TanhInPlace()(x), out)
 
 
 def test_a_view_that_autograd_does_not_know_is_looked_at_after_it_left(road):

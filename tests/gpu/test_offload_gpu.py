@@ -174,14 +174,16 @@ class TestGradients:
         assert_same(found, expected)
         assert report["offload"]["bytes_out"] > 0
 
-    @pytest.mark.parametrize("save", ["inputs", "all"])
-    def test_to_disk(self, save, tmp_path):
+    @pytest.mark.parametrize(("save", "budget"), [("inputs", "24KiB"), ("all", "96KiB")])
+    def test_to_disk(self, save, budget, tmp_path):
         model = llama()
         expected, _ = gradients(model, interleaved, mode="full")
-        to = {"offload_to": "disk", "offload_dir": str(tmp_path)}
+        # An input takes 8 KiB: most of what leaves has to go on.
+        to = {"offload_to": "disk", "offload_dir": str(tmp_path), "host_budget": budget}
         found, report = gradients(model, interleaved, mode="offload", offload_save=save, **to)
         assert_same(found, expected)
         assert report["offload"]["disk"]["bytes_written"] > 0
+        assert report["offload"]["disk"]["bytes_read"] > 0
         assert list(tmp_path.iterdir()) == []
 
     def test_large_tensors_many_times(self):
