@@ -92,7 +92,8 @@ def _without_effect_on_offload(
             part.mode == "offload" and part.offload_save == settings.offload_save for part in parts
         ),
         "checkpointing_offload_to (the plan says where)": settings.offload_to == "disk" and "disk" not in places,
-        "checkpointing_offload_dir (of offload to 'disk', or a policy's)": "disk" not in places,
+        # Without a plan, a policy may offload to disk.
+        "checkpointing_offload_dir (of offload to 'disk')": settings.plan is not None and "disk" not in places,
     }
     return [text for text, is_idle in idle.items() if is_idle and text.partition(" ")[0] in said]
 

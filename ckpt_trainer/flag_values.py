@@ -91,6 +91,11 @@ def read_modules(name: str, value: Any, save: tuple[str, ...], offload_save: str
 
 def _read_part(module: str, name: str, mode: Any, save: tuple[str, ...], offload_save: str) -> Part:
     kind, colon, named = mode.partition(":") if isinstance(mode, str) else (mode, "", "")
+    if "@" in str(mode):
+        what = mode.partition("@")[0]
+        near = {"recompute": "offload", "keep": "offload:all"}.get(what, what.replace("selective", "offload"))
+        said = "a mode; places are for plans and policies, here checkpointing_offload_to says where"
+        raise invalid(name, mode, said, near)
     if colon and kind == "selective":
         return Part(module, kind, _of(name, mode, plans.read_save, named))
     if colon and kind == "offload":

@@ -19,7 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.host_memory import host_cap
+from ckpt_trainer.host_memory import available_bytes, host_cap
+from ckpt_trainer.log import logger
+from ckpt_trainer.memory import format_bytes
 from ckpt_trainer.offload import Offloading
 from ckpt_trainer.ops import WORDS
 from ckpt_trainer.plan import Action, Plan, Settings
@@ -108,8 +110,19 @@ class Installed:
 
 def offloading_of(settings: Settings) -> Offloading:
     """What moves the stored tensors of a model off its device."""
-    cap = partial(host_cap, settings.host_budget)
-    return Offloading(cap, settings.prefetch, settings.offload_to != "pageable", settings.offload_dir)
+    return Offloading(
+        partial(_cap, settings.host_budget), settings.prefetch, settings.offload_to != "pageable", settings.offload_dir
+    )
+
+
+def _cap(budget: float | int) -> int:
+    cap, available = host_cap(budget), available_bytes()
+    if 0 < available < cap:
+        logger.warning(
+            f"checkpointing_host_budget of {format_bytes(cap)} is more than the {format_bytes(available)} of host memory "
+            "that are available. A process that takes more than there is gets killed."
+        )
+    return cap
 
 
 def _elsewhere(block: Block, action: Action, offloading: Offloading | None) -> Elsewhere | None:

@@ -200,8 +200,8 @@ class _Lane:
             why = f"host memory refused ({pool.refused})" if pool.refused else "host budget reached"
             if why not in counts.kept:
                 logger.warning(
-                    f"offload: {why} with {format_bytes(pool.in_use)} in use. Tensors for which there is no room stay on "
-                    "the device. checkpointing_host_budget sets the budget."
+                    f"offload: {why} ({format_bytes(pool.in_use)} in use of {format_bytes(pool.cap)}). Tensors for which "
+                    "there is no room stay on the device. Raise checkpointing_host_budget, or offload fewer blocks."
                 )
             counts.keep(why, chunk.nbytes)
 

@@ -70,7 +70,7 @@ def _is_left(action: Action) -> bool:
 def _done(action: Action) -> str:
     if action.place == "device":
         return "recomputed" if action.kind == "recompute" else action.short
-    what = {"recompute": "recomputed, inputs", "keep": "not recomputed, all they store"}
+    what = {"recompute": "recomputed with inputs", "keep": "stored"}
     return f"{what.get(action.kind, replace(action, place='device').short)} on the {action.place}"
 
 

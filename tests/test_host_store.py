@@ -447,6 +447,18 @@ def test_what_is_needed_now_takes_the_room_of_what_was_read_ahead(host):
     assert host.disk.read_back == [2, 3, 0, 1]
 
 
+def test_what_was_read_ahead_stays_while_others_can_go(host):
+    host = host(2)
+    slots = host.fill(6)
+    del slots[4:]
+    host.disk.end_writes()
+    assert host.get(slots[3]) == 3
+    host.store.fetch_ahead(slots[1])
+    assert host.get(slots[2]) == 2
+    assert (in_memory(slots), host.get(slots[1])) == ([1, 2], 1)
+    assert host.disk.read_back == [3, 1, 2]
+
+
 def test_memory_that_is_read_to_is_not_given_to_others_before_the_end(host):
     host = host(1)
     slots = host.fill(3)
@@ -535,6 +547,21 @@ def test_what_was_used_again_while_it_was_about_to_leave_stays(host):
     copy.set()
     assert other.end() is not None
     assert in_memory(slots) == [1]
+
+
+def test_what_another_thread_asked_for_while_it_was_about_to_leave_stays(host):
+    host = host(2)
+    slots = host.fill(2)
+    host.disk.holds_writes = True
+    other = Running(host.put, 2)
+    until(lambda: host.disk.waits)
+    loan = host.store.fetch(slots[0])
+    host.disk.writes[0].end()
+    until(lambda: host.disk.waits == 2)  # for the next one
+    assert torch.cat(loan.tensors).unique().tolist() == [0]
+    host.disk.writes[0].end()
+    assert other.end() is not None
+    assert in_memory(slots) == [0]
 
 
 def test_two_threads_that_make_room_by_the_same_slot(host):

@@ -117,9 +117,9 @@ def test_trainer_counts_what_it_moves(device, tmp_path):
 @pytest.mark.parametrize(
     ("save", "text"),
     [
-        ("inputs", "6/6 text blocks recomputed, inputs on the host"),
+        ("inputs", "6/6 text blocks recomputed with inputs on the host"),
         ("attention", "6/6 text blocks selective:attention on the host"),
-        ("all", "6/6 text blocks not recomputed, all they store on the host"),
+        ("all", "6/6 text blocks stored on the host"),
     ],
 )
 def test_first_line_says_what_goes_where(device, save, text, caplog):
@@ -358,3 +358,15 @@ def test_a_compiled_model_is_not_reached_and_says_so(device, caplog):
     assert_equal(found["offload"], found["full"])
     assert state.report()["offload"]["bytes_out"] == 0
     assert "the model is compiled, which offload does not reach" in caplog.text
+
+
+def test_a_budget_above_what_is_available_is_said(device, caplog):
+    gradients(steps=1, mode="offload", host_budget="100TiB")
+    assert "checkpointing_host_budget of 100 TiB is more than the" in caplog.text
+
+
+def test_a_place_is_no_part_of_a_mode():
+    meant = {"selective:attention@host": "offload:attention", "recompute@host": "offload", "keep@disk": "offload:all"}
+    for mode, near in meant.items():
+        with pytest.raises(ValueError, match=rf"'{mode}' is not a mode; .* Did you mean '{near}'"):
+            CheckpointTrainingArguments(checkpointing_modules={"text": mode})

@@ -1233,7 +1233,7 @@ def test_one_warning_for_what_has_no_effect(make, warnings_of, flags, named):
 SAVE, SEGMENT = {"checkpointing_save": "mm"}, {"checkpointing_segment": 2}
 SELECTIVE_MODE = {"checkpointing_mode": "selective"}
 NO_OFFLOAD = "(of mode 'offload', or a policy's)"
-NO_DISK = "checkpointing_offload_dir (of offload to 'disk', or a policy's)"
+NO_DISK = "checkpointing_offload_dir (of offload to 'disk')"
 HOST_FLAGS = {
     "checkpointing_offload_save": "all", "checkpointing_offload_to": "pageable", "checkpointing_offload_dir": FOLDER,
     "checkpointing_host_budget": "1GiB", "checkpointing_prefetch": 2,
@@ -1260,7 +1260,6 @@ NO_SAVE, NO_SEGMENT = (
          ", ".join(f"{flag} {NO_OFFLOAD}" for flag in HOST_FLAGS)),
         ({"checkpointing_host_budget": "0B", "checkpointing_modules": {"l": "selective"}}, "checkpointing_mode='full'",
          f"checkpointing_host_budget {NO_OFFLOAD}"),
-        ({"checkpointing_offload_dir": FOLDER, **OFFLOAD_MODE}, "checkpointing_mode='offload'", NO_DISK),
         ({"checkpointing_offload_dir": FOLDER, "checkpointing_plan": MOVED}, "this checkpointing_plan", NO_DISK),
         ({"checkpointing_prefetch": 3, "checkpointing_plan": PLAN}, "this checkpointing_plan",
          f"checkpointing_prefetch {NO_OFFLOAD}"),
