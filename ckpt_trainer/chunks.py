@@ -208,7 +208,13 @@ class Chunk:
 
     def is_here(self) -> bool:
         """Whether the bytes are on the device: they did not leave, or someone else has kept them there."""
-        if self.source is None and (storage := self._origin()) is not None and self._mark._version == self._counted:
+        storage = self._origin() if self.source is None else None
+        # Its owner may have freed the memory by hand, and kept the storage.
+        if (
+            storage is not None
+            and storage.nbytes() >= self.start + self.nbytes
+            and self._mark._version == self._counted
+        ):
             self.source = _bytes_in(storage, self.start, self.nbytes)
         return self.source is not None
 

@@ -218,6 +218,24 @@ def test_a_store_that_fails_loses_nothing(way, monkeypatch, failing):
     assert way.fake.races == []
 
 
+def test_a_copy_that_fails_loses_nothing(way, monkeypatch):
+    tensor = way.tensor()
+    values, chunk = tensor.clone(), way.chunk(tensor)
+
+    def fail(*args):
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(way.fake, "copy", fail)
+    with pytest.raises(RuntimeError, match="no such luck"):
+        send([chunk])
+    monkeypatch.undo()
+    del tensor
+    chunk.settle()
+    assert torch.equal(chunk.source.view(torch.float32), values)
+    del chunk
+    assert way.pool.in_use == 0
+
+
 def test_one_slot_is_asked_for_again_once_those_before_are_on_their_way(way, monkeypatch):
     chunks = [way.chunk(way.tensor()) for _ in range(3)]
     put, asked = way.store.put, []
@@ -305,6 +323,13 @@ def test_known(way):
     assert way.known(tensor, 4096, 8193) is None
     assert way.known(tensor.clone(), 4096, 8192) is None
     assert known_chunk(tensor, way.another(way.fake), 4096, 8192) is None
+
+
+def test_known_beside_others_of_the_storage(way):
+    tensor = way.tensor()
+    one, two = way.chunk(tensor, 0, 4096), way.chunk(tensor, 4096, 4096)
+    assert way.known(tensor, 0, 4096) is one
+    assert way.known(tensor, 4096, 8192) is two
 
 
 def test_known_by_version(way):
@@ -410,6 +435,39 @@ def test_packed_on_other_streams_before_it_left(way):
     chunk.retake(tensor)
     chunk.settle()
     assert fake.taken_waits() == []
+
+
+def test_here(way):
+    tensor = way.tensor()
+    values, chunk = tensor.clone(), way.chunk(tensor, 4096, 4096)
+    assert chunk.is_here()
+    send([chunk])
+    assert chunk.is_here()
+    chunk.settle()
+    assert chunk.source is None
+    # Somebody else keeps it.
+    assert chunk.is_here()
+    assert torch.equal(chunk.source.view(torch.float32), values[1024:2048])
+    chunk.settle()
+    memory = memory_of(tensor)
+    del tensor
+    assert (memory(), chunk.is_here(), chunk.source) == (None, False, None)
+    assert torch.equal(way.back(chunk), values[1024:2048])
+    assert way.fake.races == []
+
+
+@pytest.mark.parametrize(
+    "end", [lambda x: x.add_(1), lambda x: x.untyped_storage().resize_(0)], ids=["written", "freed"]
+)
+def test_not_here_any_more(way, end):
+    tensor = way.tensor()
+    values, chunk = tensor.clone(), way.chunk(tensor)
+    send([chunk])
+    chunk.settle()
+    way.fake.finish()
+    end(tensor)
+    assert not chunk.is_here()
+    assert torch.equal(way.back(chunk), values)
 
 
 # Marks

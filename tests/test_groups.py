@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ckpt_trainer import checkpointing, streams
 from ckpt_trainer.handles import Kept, Moved, unpack
 from ckpt_trainer.offload import Offloading
 from ckpt_trainer.packed import Held, Rebuilt, as_view
+from ckpt_trainer.runs import Outputs, RunSaved
 from ckpt_trainer.stored_results import StoredResults
 
 
@@ -403,6 +405,16 @@ def test_what_backward_passed_by_is_given_up(road_of):
     handles[0][0].get()
     assert on_device() == [100]
     assert road.fake.races == []
+
+
+def test_what_backward_had_already_is_not_brought_back_with_the_rest(road_of):
+    """Where blocks take turns, as those that hold one another do."""
+    road = road_of(prefetch=0)
+    other, (three, four) = road.pack(torch.randn(30)), road.pack(torch.randn(40), torch.randn(50))
+    road.drive()
+    for handle, copies in ((four, 2), (other, 3), (three, 3)):
+        handle.get()
+        assert road.copies() == (3, copies)
 
 
 def test_what_was_asked_for_last_is_given_up_in_the_end(road_of):
@@ -904,3 +916,47 @@ def test_a_view_that_autograd_does_not_know_is_looked_at_after_it_left(road):
         out.add_(1)
     with call.reusing(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
         block(x)
+
+
+# What runs of modules keep
+
+
+@pytest.mark.parametrize("kind", ["parameter", "leaf that requires grad", "changed since", "plain"])
+def test_what_a_run_kept_moves(road, kind):
+    tensor = nn.Parameter(torch.randn(64)) if kind == "parameter" else torch.randn(64)
+    tensor.requires_grad_(kind in ("parameter", "leaf that requires grad"))
+    saved, group = RunSaved("a module"), road.begin()
+    saved.hold(tensor)
+    outputs = Outputs([tensor], SimpleNamespace(index_of=lambda tensor: None))
+    if kind == "changed since":
+        tensor.add_(1)
+    for one in (saved, outputs):
+        one.move(group.pack)
+    # What is a parameter stays the same object, which others fill.
+    assert (saved.tensor is tensor) == (saved.away is None) == (kind != "plain")
+    assert (outputs.tensors() == []) == (kind == "plain")
+    assert outputs.are_changed() == (kind == "changed since")
+    values, memory = tensor.detach().clone(), memory_of(tensor)
+    if kind == "plain":
+        del tensor
+        group.packed_inputs()
+        road.drive()
+        assert memory() is None
+        assert torch.equal(saved.unpack(), values)
+        (found,) = outputs.give([], torch.empty(0, requires_grad=True))
+        assert torch.equal(found, values)
+        assert road.copies() == (1, 1)
+
+
+def test_what_a_run_kept_and_others_changed(road):
+    tensor = torch.randn(64)
+    saved, group = RunSaved("a module"), road.begin()
+    saved.hold(tensor)
+    outputs = Outputs([tensor], SimpleNamespace(index_of=lambda tensor: None))
+    for one in (saved, outputs):
+        one.move(group.pack)
+    assert not outputs.are_changed()
+    tensor.add_(1)
+    assert outputs.are_changed()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.unpack()

@@ -249,9 +249,19 @@ def test_what_does_not_fit_pushes_the_earliest_out(host):
     assert in_memory(slots) == [6, 7, 8, 9]
     assert host.disk.written == [0, 1, 2, 3, 4, 5]
     assert host.disk.waits == 6
+    assert [slot.ticket is not None for slot in slots[6:]] == [True, True, False, False]
     assert [len(slot.pieces.tensors) for slot in slots[6:]] == [1] * 4
     assert [host.get(slot) for slot in slots] == list(range(10))
     assert (host.in_use, host.pool.peak) == (4, 4 * UNIT)
+
+
+def test_room_is_free_at_once_though_the_writer_may_still_have_it(host):
+    host = host(2)
+    slots = host.fill(2)
+    held = [slot.pieces for slot in slots]
+    slots.append(host.put(2))
+    assert in_memory(slots) == [1, 2]
+    assert [piece.tensors == () for piece in held] == [True, False]
 
 
 def test_room_is_made_for_a_large_one_by_several(host):
@@ -274,6 +284,11 @@ def test_nothing_is_pushed_out_in_vain(host):
     held = [host.store.fetch(slot) for slot in slots]
     assert host.put(9) is None
     assert (in_memory(slots), host.disk.waits, len(held)) == ([0, 1], 0, 2)
+    del held[1], stays
+    assert host.put(9, units=4) is None  # one is in use
+    assert (in_memory(slots), host.disk.waits) == ([0, 1], 0)
+    assert host.put(9, units=3) is not None
+    assert (in_memory(slots), host.disk.waits) == ([0], 1)
 
 
 def test_what_left_once_is_not_written_again(host):
@@ -452,11 +467,14 @@ def test_what_was_read_ahead_stays_while_others_can_go(host):
     slots = host.fill(6)
     del slots[4:]
     host.disk.end_writes()
-    assert host.get(slots[3]) == 3
+    assert [host.get(slots[number]) for number in (1, 2, 3)] == [1, 2, 3]
+    host.put(9)  # takes the room of 2, and gives it back
+    host.disk.end_writes()
+    host.disk.read_back.clear()
     host.store.fetch_ahead(slots[1])
     assert host.get(slots[2]) == 2
     assert (in_memory(slots), host.get(slots[1])) == ([1, 2], 1)
-    assert host.disk.read_back == [3, 1, 2]
+    assert host.disk.read_back == [1, 2]
 
 
 def test_memory_that_is_read_to_is_not_given_to_others_before_the_end(host):
