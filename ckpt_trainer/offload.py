@@ -240,7 +240,9 @@ class _Lane:
         except (RuntimeError, OSError) as error:
             # What is needed now may still fit, and what cannot be read may not be needed.
             if not self.channel.counts.failures:
-                logger.warning(f"offload: a prefetch failed, which costs time only: {error}")
+                logger.warning(
+                    f"offload: a prefetch failed; backward tries again if it needs what that was for. {error}"
+                )
             self.channel.counts.failures += 1
 
     def _read_ahead(self, group: Group | None) -> None:

@@ -4,6 +4,7 @@ Schedules and races are in `test_offload_schedules`, architectures and kinds of 
 """
 
 import logging
+import re
 
 import pytest
 import tiny_models
@@ -139,8 +140,9 @@ def test_nothing_moved_is_a_warning(monkeypatch, device, caplog):
     assert report["offload"]["bytes_out"] == 0
     said = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == 1
-    assert said[0].startswith(
-        "0 bytes offloaded in the first step. Tensors that stayed on the device: 30 below 1.00 MiB;"
+    # How many a block is given depends on the version of transformers.
+    assert re.match(
+        r"0 bytes offloaded in the first step. Tensors that stayed on the device: \d+ below 1.00 MiB;", said[0]
     )
 
 
