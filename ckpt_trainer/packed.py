@@ -183,6 +183,9 @@ class _Nothing(Held):
         self.signature = self.uses = 0
         self._instead = self._away = None
 
+    def use(self) -> None:
+        pass
+
     def move(self, pack: Pack) -> None:
         pass
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ckpt_trainer import rebuild, rebuild_rules
 from ckpt_trainer.memory import LiveBytes
-from ckpt_trainer.packed import Held, Rebuilt
+from ckpt_trainer.packed import NOTHING, Held, Rebuilt
 from ckpt_trainer.rebuild import Rebuilding
 
 WIDTH = 64
@@ -689,3 +689,9 @@ def test_missing_names_of_results_are_no_error(monkeypatch):
     b = hidden.cumsum(0)
     assert equal(torch.autograd.grad(out.sum(), hidden), torch.autograd.grad((b.tanh() * b).sum(), hidden))
     assert "TanhBackward0" in rebuilding.refused
+
+
+def test_an_argument_that_was_not_given_is_used_like_any_other():
+    # Indexing by `x[:, index]` saves one index and nothing; experts of transformers 4 do so.
+    assert NOTHING.use() is None
+    assert (NOTHING.uses, NOTHING.is_away, NOTHING.peek()) == (0, False, None)
