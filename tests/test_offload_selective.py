@@ -56,8 +56,10 @@ class Model:
 
     @property
     def own(self):
-        tensors = (*self.model.parameters(), *self.model.buffers(), *self.batch.values())
-        return {tensor.untyped_storage()._cdata for tensor in tensors}
+        # What modules cached included.
+        held = (value for module in self.model.modules() for value in vars(module).values())
+        tensors = (*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *held)
+        return {tensor.untyped_storage()._cdata for tensor in tensors if isinstance(tensor, torch.Tensor)}
 
 
 def assert_exact(device, model, wanted, moves=True, timing="lazy", **flags):
