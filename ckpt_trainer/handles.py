@@ -45,17 +45,14 @@ class Source(Protocol):
         """Where they are, ready for computation on the live stream."""
 
 
-class Moved:
-    """A saved tensor that may have left the device."""
+class _Marked:
+    """What a tensor looked like when it was packed, and a tensor without data that counts its versions."""
 
-    __slots__ = ("__weakref__", "_dtype", "_mark", "_size", "_source", "_start", "_stride", "_version")
+    __slots__ = ("__weakref__", "_mark", "_size", "_stride", "_version")
 
-    def __init__(self, tensor: Tensor, source: Source) -> None:
-        self._source = source
-        self._dtype = tensor.dtype
+    def __init__(self, tensor: Tensor) -> None:
         self._size = tensor.size()
         self._stride = tensor.stride()
-        self._start = int(tensor.storage_offset()) * tensor.element_size()
         self._mark = mark_of(tensor)
         self._version = tensor._version
 
@@ -63,6 +60,18 @@ class Moved:
     def changed(self) -> bool:
         """Whether the tensor was changed in place since."""
         return self._mark._version != self._version
+
+
+class Moved(_Marked):
+    """A saved tensor that may have left the device."""
+
+    __slots__ = ("_dtype", "_source", "_start")
+
+    def __init__(self, tensor: Tensor, source: Source) -> None:
+        super().__init__(tensor)
+        self._source = source
+        self._dtype = tensor.dtype
+        self._start = int(tensor.storage_offset()) * tensor.element_size()
 
     def get(self) -> Tensor:
         """The tensor, on its device, with the strides that it had, and without a graph.
@@ -99,27 +108,21 @@ class Kept:
         return self._tensor
 
 
-class Sharded:
-    """A `DTensor`, of which the local part may have left the device."""
+class Sharded(_Marked):
+    """A `DTensor`, of which the local part may have left the device.
 
-    __slots__ = ("__weakref__", "_context", "_mark", "_others", "_parts", "_size", "_stride", "_version")
+    The version is that of the whole: the local part counts none, since what is written to it is written below autograd.
+    """
+
+    __slots__ = ("_context", "_others", "_parts")
 
     def __init__(self, tensor: DTensor, pack: Callable[[Tensor], Handle]) -> None:
+        super().__init__(tensor)
         names, self._context = tensor.__tensor_flatten__()  # type: ignore[no-untyped-call]
         parts = {name: getattr(tensor, name) for name in names}
         # Its mesh may be among them.
         self._others = {name: part for name, part in parts.items() if not isinstance(part, Tensor)}
         self._parts = {name: pack(_arrived(part)) for name, part in parts.items() if isinstance(part, Tensor)}
-        self._size = tensor.size()
-        self._stride = tensor.stride()
-        # The local part counts no versions, since what is written to it is written below autograd.
-        self._mark = mark_of(tensor)
-        self._version = tensor._version
-
-    @property
-    def changed(self) -> bool:
-        """Whether the tensor was changed in place since."""
-        return self._mark._version != self._version
 
     def get(self) -> Tensor:
         """The tensor. Raises RuntimeError if it was changed in place since it was packed."""

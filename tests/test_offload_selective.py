@@ -59,7 +59,8 @@ class Model:
         # What modules cached included.
         held = (value for module in self.model.modules() for value in vars(module).values())
         tensors = (*self.model.parameters(), *self.model.buffers(), *self.batch.values(), *held)
-        return {tensor.untyped_storage()._cdata for tensor in tensors if isinstance(tensor, torch.Tensor)}
+        strided = (value for value in tensors if isinstance(value, torch.Tensor) and value.layout is torch.strided)
+        return {tensor.untyped_storage()._cdata for tensor in strided}
 
 
 def assert_exact(device, model, wanted, moves=True, timing="lazy", **flags):
