@@ -1,6 +1,7 @@
 """Activation checkpointing for Hugging Face trainers: the same losses and gradients in less memory."""
 
 from ckpt_trainer.engine import checkpointing
+from ckpt_trainer.kbit import prepare_model_for_kbit_training
 from ckpt_trainer.plan import Action, Plan
 from ckpt_trainer.trainer import CheckpointedSeq2SeqTrainer, CheckpointedTrainer, CheckpointingMixin
 from ckpt_trainer.training_args import (
@@ -19,4 +20,5 @@ __all__ = [
     "CheckpointingMixin",
     "Plan",
     "checkpointing",
+    "prepare_model_for_kbit_training",
 ]

@@ -16,6 +16,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,13 +36,13 @@ class Before:
         random: (device, state) of each generator that the forward drew from; None stands for Python's `random`.
         buffers: (module, its buffers), for the modules of which a buffer was written, replaced or added.
         training: Which of the block's modules were in training mode.
-        unrestored: It drew from a generator, and that is not restored because the user said so.
+        unrestored: It drew from a generator, and this is why that is not restored; empty if it is, or did not draw.
     """
 
     random: list[tuple[torch.device | None, Any]] = field(default_factory=list)
     buffers: list[tuple[nn.Module, Buffers]] = field(default_factory=list)
     training: list[tuple[nn.Module, bool]] = field(default_factory=list)
-    unrestored: bool = False
+    unrestored: str = ""
 
 
 class BlockState:
@@ -79,13 +80,20 @@ class BlockState:
         yield before
         after = self._random_states(devices)
         drew = [not same_state(old, new) for (_, old), (_, new) in zip(states, after, strict=True)]
-        before.unrestored = any(drew) and self._restore_random is False
+        drawn = [state for state, has_drawn in zip(states, drew, strict=True) if has_drawn]
+        before.unrestored = self._why_unrestored([device for device, _ in drawn])
         if self._restore_random is not False:
-            kept = zip(states, drew, strict=True)
-            before.random = [state for state, drawn in kept if drawn or self._restore_random]
+            before.random = states if self._restore_random else drawn
         self._uses_python_random |= any(device is None for device, _ in before.random)
         before.buffers = [(module, seen.as_found()) for module, seen in buffers if self._note_changes(module, seen)]
         self.watched = True
+
+    def _why_unrestored(self, drawn: Sequence[torch.device | None]) -> str:
+        """Why a replay will not see the numbers that were drawn from the generators of these devices."""
+        if drawn and self._restore_random is False:
+            return "preserve_rng_state=False"
+        lost = next((device for device in drawn if device is not None and not _restores(device)), None)
+        return f"the generator of {lost} does not give the same numbers again" if lost is not None else ""
 
     def _random_states(self, devices: Sequence[torch.device]) -> list[tuple[torch.device | None, Any]]:
         states: list[tuple[torch.device | None, Any]] = [(device, random_state(device)) for device in devices]
@@ -197,6 +205,23 @@ def random_state(device: torch.device) -> Tensor:
         return torch.get_rng_state()
     state: Tensor = torch.get_device_module(device).get_rng_state(device)
     return state
+
+
+@cache
+def _restores(device: torch.device) -> bool:
+    """Whether a generator gives the same numbers again when it is put back; not so on every device that torch has."""
+    if device.type == "cpu":
+        return True
+    state = random_state(device)
+    first = _drop(device)
+    set_random_state(device, state)
+    second = _drop(device)
+    set_random_state(device, state)
+    return torch.equal(first, second)
+
+
+def _drop(device: torch.device) -> Tensor:
+    return torch.nn.functional.dropout(torch.ones(1024, device=device))
 
 
 def set_random_state(device: torch.device | None, state: Any) -> None:

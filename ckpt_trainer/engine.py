@@ -14,10 +14,14 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
-from ckpt_trainer import report
+from ckpt_trainer import compiled, report
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
+from ckpt_trainer.compiled import is_compiled
+from ckpt_trainer.deepspeed_rules import deepspeed_notes, refuse_emptied
+from ckpt_trainer.distributed import one_forward_checked, refuse_reentrant_wrapped, refuse_wrapped_blocks, wrapper_notes
 from ckpt_trainer.first_pass import FirstPass
 from ckpt_trainer.install import Installed, offloading_of
+from ckpt_trainer.kbit import kbit_prepared, quantization_of, without_kept_inputs
 from ckpt_trainer.log import logger
 from ckpt_trainer.offload import Offloading
 from ckpt_trainer.plan import Plan, Settings
@@ -76,39 +80,44 @@ class Checkpointing:
         self._switched = modules_switched_on(model)
         if settings.use_reentrant:
             refuse_reentrant(model)
+            refuse_reentrant_wrapped(model)
+        self._compiled = compiled.compiled_part(model, [(block.name, block.module) for block in self.blocks])
+        self._is_quantized = quantization_of(model) is not None
         self._find_input_hooks()
         warnings = list(self._warnings())
         self._carry_out()
-        if self.plan.count("selective") and is_compiled(model):
-            warnings.append(
-                "the model is compiled, so that the compiler chooses what is stored: mode selective does nothing, and "
-                "names in checkpointing_save are not looked at."
-            )
-        if self._moves and is_compiled(model):
-            warnings.append("the model is compiled, which offload does not reach: its tensors stay on the device.")
-        for warning in warnings:
+        warnings += compiled.warnings(self.plan, settings, self._compiled)
+        for warning in [*warnings, *wrapper_notes(model), *deepspeed_notes(model, self.plan)]:
             self._say(logging.WARNING, warning)
 
     def _find_input_hooks(self) -> None:
         needless = self.settings.skip_frozen and not self.settings.use_reentrant
-        self._needless_hooks = modules_with_input_grad_hook(self.model) if needless else []
-        always = self.settings.input_grads == "always"
-        self._hooked = input_modules(self.model) if always else []
+        theirs = modules_with_input_grad_hook(self.model)
+        self._needless_hooks = theirs if needless else []
+        wanted = input_modules(self.model) if self.settings.input_grads == "always" else []
+        self._hooked = [module for module in wanted if needless or module not in theirs]
 
     def _carry_out(self) -> None:
         self._trainable = [block.trainable for block in self.blocks]
         self.plan: Plan = make_plan(self.blocks, self.settings, self._policy)
         if self._offloading is None and self._moves:
             self._offloading = offloading_of(self.settings)
-        self._installed = Installed(self.blocks, self.plan, self.settings, self.tally, self._offloading)
+        refuse_emptied(self.model, self.plan, self.settings)
+        compiled.refuse_budget(self.plan, self.settings, self._compiled)
+        self._budget = compiled.budget_of(self.plan, self.settings, self._compiled)
+        self._installed = Installed(self.blocks, self.plan, self.settings, self.tally, self._offloading, self._compiled)
         if isinstance(self.model, nn.DataParallel) and self.plan.is_active:
             raise ValueError(
                 "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
                 "single blocks does not survive. Start with `torchrun --nproc_per_node=N` or `accelerate launch`, or "
                 "use one device (CUDA_VISIBLE_DEVICES=0)."
             )
+        if self.plan.is_active:
+            refuse_wrapped_blocks(self.model)
         hooks, own = bool(self._needless_hooks), self._policy is not None
         self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings, hooks, own))
+        if by_compiler := compiled.first_line(self.plan, self.settings, self._compiled):
+            self._say(logging.INFO, by_compiler)
         why = why_not(report.device_of(self.blocks[0].module)) if self._moves and self.blocks else None
         if why:
             self._say(logging.INFO, report.explain_nowhere(why, self.plan))
@@ -156,10 +165,15 @@ class Checkpointing:
             stack.enter_context(input_grads(self._hooked))
             if self.settings.use_reentrant:
                 stack.enter_context(reentrant_calls_checked(self.model))
+                counts = self.tally.checkpointed, self.tally.replays
+                stack.enter_context(one_forward_checked(self.model, *counts))
             if self._cache_wanted is not None:
                 stack.enter_context(self._use_cache.set_to(self._cache_wanted))
+            if self._is_quantized and _is_eager(self.model):
+                stack.enter_context(without_kept_inputs(self.model))
             first = self._first_pass()
             stack.enter_context(first or nullcontext())
+            stack.enter_context(compiled.memory_budget(self._budget))
             stack.enter_context(self._installed)
             try:
                 yield
@@ -248,9 +262,23 @@ def _is_eager(model: nn.Module) -> bool:
     )
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether the model or any part of it goes through torch.compile."""
-    return any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+@contextmanager
+def quantized_prepared(
+    model: nn.Module, settings: Settings, log_from: int = logging.INFO, is_sharded: bool = False
+) -> Iterator[None]:
+    """While entered, a model with quantised weights is ready to train, and it is said what that took.
+
+    Args: see `kbit.kbit_prepared`, and `Checkpointing`.
+    """
+    with kbit_prepared(model, settings.kbit_upcast, is_sharded) as done:
+        if done is not None and log_from <= logging.INFO:
+            logger.info(report.kbit_line(done))
+        if done is None and settings.kbit_upcast != "none" and log_from <= logging.WARNING:
+            logger.warning(
+                f"checkpointing_kbit_upcast={settings.kbit_upcast!r} has no effect, since no weight of "
+                f"{type(model).__name__} is quantised."
+            )
+        yield
 
 
 @contextmanager
@@ -277,7 +305,7 @@ def checkpointing(
             what the mode says.
         flags: The other flags without their prefix: `modules`, `every_n`, `save`, `segment`, `plan` (also a `Plan`),
             `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `skip_frozen`, `use_reentrant`,
-            `input_grads`, `self_check`; and of torch's checkpoint `preserve_rng_state`,
+            `input_grads`, `kbit_upcast`, `self_check`; and of torch's checkpoint `preserve_rng_state`,
             `determinism_check`, `context_fn`, `debug`, `early_stop`.
 
     Yields:
@@ -287,9 +315,10 @@ def checkpointing(
         ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
     """
     mode = "full" if mode is None and flags.get("plan") is None else mode
-    state = Checkpointing(model, settings_of_flags({"mode": mode, **flags}), policy=policy)
+    settings = settings_of_flags({"mode": mode, **flags})
+    state = Checkpointing(model, settings, policy=policy)
     try:
-        with state.step():
+        with quantized_prepared(model, settings), state.step():
             yield state
     finally:
         state.release()

@@ -19,6 +19,7 @@ from ckpt_trainer.memory import parse_bytes
 from ckpt_trainer.plan import (
     DEFAULT_SAVE,
     INPUT_GRADS,
+    KBIT_UPCASTS,
     MODES,
     OFFLOAD_SAVES,
     OFFLOAD_TARGETS,
@@ -60,6 +61,14 @@ def check_bool(name: str, value: Any) -> None:
 def check_count(name: str, value: Any, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise invalid(name, value, f"a whole number from {least} up", _nearest_count(value, least))
+
+
+def check_share(name: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
+        found = _number(value)
+        percent = found / 100 if isinstance(found, (int, float)) and 1 < found <= 100 else found
+        is_share = isinstance(percent, (int, float)) and not isinstance(percent, bool) and 0 <= percent <= 1
+        raise invalid(name, value, "a share from 0 to 1", percent if is_share else 0.5)
 
 
 def read_dict(name: str, value: Any) -> dict[Any, Any]:
@@ -275,9 +284,11 @@ FLAG_CHECKS: Mapping[str, Check] = {
         *OFFLOAD_TARGETS, cpu="host", ram="host", pinned="host", nvme="disk", ssd="disk"
     ),
     "checkpointing_prefetch": lambda name, value: check_count(name, value, least=0),
+    "checkpointing_compile_budget": check_share,
     "checkpointing_skip_frozen": check_bool,
     "checkpointing_use_reentrant": check_bool,
     "checkpointing_input_grads": _one_of(*INPUT_GRADS),
+    "checkpointing_kbit_upcast": _one_of(*KBIT_UPCASTS, norm="norms", false="none", true="all", fp32="all"),
     "checkpointing_self_check": check_bool,
 }
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block
+from ckpt_trainer.compiled import NOT_COMPILED, Compiled, told
 from ckpt_trainer.host_memory import available_bytes, host_cap
 from ckpt_trainer.log import logger
 from ckpt_trainer.memory import format_bytes
@@ -41,6 +42,7 @@ class Installed:
         settings: How to carry the plan out.
         tally: Where calls and replays are counted.
         offloading: Moves what is stored of blocks whose place is not the device; needed where there are such.
+        compiled: What of the model is compiled.
 
     Attributes:
         rebuilding: What blocks that store what is expensive rebuild.
@@ -54,6 +56,7 @@ class Installed:
         settings: Settings,
         tally: Tally,
         offloading: Offloading | None = None,
+        compiled: Compiled = NOT_COMPILED,
     ) -> None:
         modules = [module for block in blocks for module in block.module.modules()]
         self.rebuilding = Rebuilding(modules, from_parameters=not any(map(_is_sharded, modules)))
@@ -64,6 +67,7 @@ class Installed:
         }
         first_of_stack = {block.stack: block.name for block in reversed(blocks)}
         segments = _segments(blocks, plan, settings)
+        tell = partial(told, plan, settings, compiled)
         self._offloading = offloading
         self._forwards = []
         for block in blocks:
@@ -76,13 +80,14 @@ class Installed:
                 assert elsewhere is not None
                 run = Movable(parameters, elsewhere, tally)
             elif action.save == EXPENSIVE:
-                run = Rebuildable(parameters, self.rebuilding, tally, elsewhere)
+                run = Rebuildable(parameters, self.rebuilding, tally, elsewhere, tell(action))
             else:
                 run = replace(
                     _replayable(block, settings, first_of_stack, tally),
                     storing=self.stored[block.name].storing if block.name in self.stored else (),
                     segments=segments.get(block.stack) if action.kind == "recompute" else None,
                     elsewhere=elsewhere,
+                    told=tell(action),
                 )
             self._forwards.append(_Forward(block.module, run))
 
@@ -209,20 +214,29 @@ def _replayable(block: Block, settings: Settings, first_of_stack: dict[str, str]
 class _Forward:
     """The `forward` of one block while a plan is in force."""
 
-    def __init__(self, module: nn.Module, block: Replayable | Rebuildable | Movable) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        block: Replayable | Rebuildable | Movable | None,
+        theirs: Callable[..., Any] | None = None,
+    ) -> None:
         self._module = module
         self._block = block
-        self._original: Callable[..., Any] = module.forward
-        self._theirs: Callable[..., Any] | None = None
+        self._theirs = theirs
+        self._original: Callable[..., Any] = theirs or MethodType(type(module).forward, module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        if self._block is None:
+            return self._original(*args, **kwargs)
         return self._block.run(self._original, args, kwargs)
 
     def put(self) -> None:
         # Asked for now and not kept: accelerate and others may have put a forward of their own on the instance.
         self._theirs = vars(self._module).get("forward")
         self._original = self._module.forward
-        vars(self._module)["forward"] = self
+        # A method: of one, compilers look at the code and not at which it is, so that they need not compile anew for
+        # each plan and for each block.
+        vars(self._module)["forward"] = self.run
 
     def take_back(self) -> None:
         if self._theirs is None:
@@ -232,8 +246,4 @@ class _Forward:
 
     def __reduce__(self) -> Any:
         # A copy of the model that is made within a step is not under the plan.
-        return _forward_of, (self._module, self._theirs)
-
-
-def _forward_of(module: nn.Module, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
-    return theirs if theirs is not None else MethodType(type(module).forward, module)
+        return _Forward, (self._module, None, self._theirs)

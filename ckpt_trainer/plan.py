@@ -19,6 +19,8 @@ PLACES = ("device", "host", "disk")
 MODES = ("none", "selective", "full", "offload")
 PLANNED_MODES = ("auto",)
 INPUT_GRADS = ("auto", "always", "never")
+# What of a model with quantised weights is cast to fp32 while it trains.
+KBIT_UPCASTS = ("none", "norms", "all")
 
 # What `selective` stores besides the inputs of a block, from cheapest (most is stored) to leanest.
 TIERS = ("expensive", "matmul", "half_matmul", "attention")
@@ -186,9 +188,12 @@ class Settings:
         offload_dir: An existing folder, as an absolute path, for actions whose place is `disk`.
         host_budget: How much host memory offload may take: a share of what is available (float), or bytes (int).
         prefetch: How many blocks ahead of backward are brought back to the device.
+        compile_budget: Share of what the compiler would store that it may, for compiled blocks in mode `selective`.
+            None: what stands for their tier.
         skip_frozen: Frozen blocks below the first trainable parameter run without graph, recompute or backward.
         use_reentrant: The reentrant variant of torch's checkpoint.
         input_grads: One of `INPUT_GRADS`: whether embeddings are made to require grad.
+        kbit_upcast: One of `KBIT_UPCASTS`: what of a model with quantised weights is cast to fp32 while it trains.
         self_check: Check after the first backward that no gradient was lost.
         preserve_rng_state: None restores the generators that a block draws from; True all; False none.
         use_cache: Whether the key/value cache is on while training. None: off where blocks are recomputed, else as it is.
@@ -208,9 +213,11 @@ class Settings:
     offload_dir: str | None = None
     host_budget: float | int = 0.8
     prefetch: int = 1
+    compile_budget: float | None = None
     skip_frozen: bool = True
     use_reentrant: bool = False
     input_grads: str = "auto"
+    kbit_upcast: str = "none"
     self_check: bool = True
     preserve_rng_state: bool | None = None
     use_cache: bool | None = None

@@ -25,7 +25,8 @@ class UseCache:
 
     def __init__(self, model: nn.Module) -> None:
         own = (vars(module).get("config") for module in model.modules())
-        self._own = next((config for config in own if config is not None), None)
+        # Under DeepSpeed the first is that of its engine, a dict.
+        self._own = next((config for config in own if hasattr(config, "to_dict")), None)
         self._values = [
             (config, vars(config)["use_cache"]) for config in _configs(model) if "use_cache" in vars(config)
         ]

@@ -1,7 +1,7 @@
 """Run one block so that backward has what it needs: its forward is replayed, or what is cheap in it is rebuilt.
 
-A replay is the forward again when backward asks, of which chosen results may be stored. This is the only file that
-calls `torch.utils.checkpoint`. Which blocks are run in which way is not its business.
+A replay is the forward again when backward asks, of which chosen results may be stored. Only this file and `compiled`
+call `torch.utils.checkpoint`. Which blocks are run in which way is not its business.
 
 NOTE on exactness. A replay is the same computation on the same values, so that gradients are equal to the last bit, if
   1. the inputs are the same: every tensor argument, positional, keyword or in a tuple, goes through the checkpoint as a
@@ -33,6 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from ckpt_trainer import side_channels
 from ckpt_trainer.arguments import copy_of, fill, fill_each, lift
 from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
+from ckpt_trainer.compiled import MARKED, Told
 from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.groups import Group
 from ckpt_trainer.handles import Pack, unpack
@@ -52,7 +53,7 @@ class Tally:
         replays: Replays by block name.
         rebuilt_inputs: Forwards run once more for the input of the next block, by block name.
         last_replayed: Name of the block replayed last; where a replay does not match its forward, this is the block.
-        unrestored: Blocks that drew random numbers which are not restored, because the user said so.
+        unrestored: Blocks that drew random numbers which are not restored, and why.
         block_flops: FLOPs of one forward of each block, from the calls made while `counter` was set.
         replay_flops: FLOPs of one replay of each block that reuses results, from the first while `counts_replays`.
         counter: Counts FLOPs while a forward is measured.
@@ -64,7 +65,7 @@ class Tally:
     replays: Counter[str] = field(default_factory=Counter)
     rebuilt_inputs: Counter[str] = field(default_factory=Counter)
     last_replayed: str | None = None
-    unrestored: set[str] = field(default_factory=set)
+    unrestored: dict[str, str] = field(default_factory=dict)
     block_flops: dict[str, int] = field(default_factory=dict)
     replay_flops: dict[str, int] = field(default_factory=dict)
     counter: FlopCounter | None = None
@@ -148,17 +149,19 @@ class Rebuildable:
         rebuilding: What the blocks of the model rebuild.
         tally: Where calls are counted.
         elsewhere: Where what is stored is moved; None to stay.
+        told: What a compiler is told of it.
     """
 
     parameters: Sequence[nn.Parameter]
     rebuilding: Rebuilding
     tally: Tally
     elsewhere: Elsewhere | None = None
+    told: Told = MARKED
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)`; see `Rebuilding.run`."""
         if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
+            return self.told.run(forward, args, kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         why = _why_no_graph(self.parameters, tensors)
         self.tally.calls[why or "rebuild"] += 1
@@ -206,6 +209,7 @@ class Replayable:
         storing: What is stored besides its inputs.
         segments: Of its stack, where its input may be rebuilt instead of stored.
         elsewhere: Where what is stored is moved; None to stay.
+        told: What a compiler is told of it.
     """
 
     name: str
@@ -216,6 +220,7 @@ class Replayable:
     storing: Sequence[Storing] = ()
     segments: Segments | None = None
     elsewhere: Elsewhere | None = None
+    told: Told = MARKED
 
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)` so that backward replays it.
@@ -227,13 +232,10 @@ class Replayable:
             ValueError: The reentrant variant was asked for and the arguments show that its gradients would be wrong.
             torch.utils.checkpoint.CheckpointError: In backward, if the replay does not match the forward.
         """
+        if torch.compiler.is_compiling():
+            return self.told.run(forward, args, kwargs)
         if not torch.is_grad_enabled():
             return self._plainly("no grad", forward, args, kwargs)
-        if torch.compiler.is_compiling():
-            if self.storing:
-                return forward(*args, **kwargs)  # What is stored and what is rebuilt is for the compiler to choose.
-            # The compiler replays as it traces; it takes care of random numbers and allows none of the bookkeeping.
-            return checkpoint(forward, *args, use_reentrant=False, **self.variant.options, **kwargs)
         if any(_is_cache(value) for value in (*args, *kwargs.values())):
             return self._plainly("got a key/value cache", forward, args, kwargs)
         tensors: list[Tensor] = []
@@ -348,7 +350,7 @@ class _Call:
         if tally.counter:
             tally.block_flops[self.block.name] = tally.counter.total - flops
         if before.unrestored:
-            tally.unrestored.add(self.block.name)
+            tally.unrestored[self.block.name] = before.unrestored
         self.before = before
         return output
 

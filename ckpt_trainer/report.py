@@ -17,6 +17,7 @@ from torch import nn
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import Block
 from ckpt_trainer.install import Selection
+from ckpt_trainer.kbit import Preparation
 from ckpt_trainer.ops import nearest_names
 from ckpt_trainer.plan import FROZEN, Action, Plan, Settings
 from ckpt_trainer.rebuild import AVAILABLE, Rebuilding
@@ -46,6 +47,21 @@ def first_line(
     hook = "on" if settings.input_grads == "always" else "off"
     hook += ", the one of others taken off in each step (checkpointing_skip_frozen)" if hooks_taken_off else ""
     return f"{source}: {'; '.join(parts) or 'no blocks'}; {variant}; use_cache {cache}; input-gradient hook {hook}"
+
+
+def kbit_line(done: Preparation) -> str:
+    """What was done to a quantised model for the time of its training."""
+    size = memory.format_bytes(done.bytes_before)
+    if done.upcast:
+        size = f"{done.upcast} parameters cast to fp32, weights {size} -> {memory.format_bytes(done.bytes_after)}"
+    else:
+        size = f"weights {size}, none cast"
+    parts = [f"quantised ({done.method}): {size}"]
+    if done.left:
+        parts.append(done.left)
+    if done.compute:
+        parts.append(f"{done.compute} layers left at compute dtype float32 follow mixed precision")
+    return "; ".join(parts)
 
 
 def _part_line(component: str, actions: Sequence[Action]) -> str:
@@ -220,10 +236,12 @@ def explain_no_effect(tally: Tally, planned: Sequence[Block]) -> list[str]:
         found.append(
             f"{len(planned)} blocks were to be recomputed and none was. Their calls in the first step: {calls}."
         )
-    if tally.unrestored:
+    for why, number in Counter(tally.unrestored.values()).items():
+        first = min(name for name, reason in tally.unrestored.items() if reason == why)
+        advice = "remove it" if "=" in why else "set their dropout to 0, or keep what they store (mode 'none')"
         found.append(
-            f"preserve_rng_state=False: {len(tally.unrestored)} blocks draw random numbers ({min(tally.unrestored)}, ...), "
-            "others when they are replayed. Their gradients are wrong; remove it."
+            f"{why}: {number} blocks draw random numbers ({first}, ...), others when they are replayed. Their gradients "
+            f"are wrong; {advice}."
         )
     return found
 

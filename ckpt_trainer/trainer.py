@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import find_blocks
-from ckpt_trainer.engine import Checkpointing
+from ckpt_trainer.distributed import take_over, unused_parameters_decided
+from ckpt_trainer.engine import Checkpointing, quantized_prepared
+from ckpt_trainer.log import logger
 from ckpt_trainer.policies import BlockPolicy, check_policy, make_plan
 from ckpt_trainer.prepare import UseCache
 from ckpt_trainer.training_args import settings_of
@@ -90,7 +93,16 @@ class CheckpointingMixin(_Base):
     def create_accelerator_and_postprocess(self) -> None:
         # By now the model exists also where a trainer loads it by name.
         self._checkpointing_remember(getattr(self, "model", None))
-        super().create_accelerator_and_postprocess()
+        asked = settings_of(self.args)  # Of FSDP's switch and another, one is refused here.
+        # transformers refuses them, too, even where its own is the default of a trainer's arguments.
+        with _Switches(self.args):
+            super().create_accelerator_and_postprocess()
+        was_on = take_over(getattr(self.accelerator.state, "fsdp_plugin", None))
+        if was_on and self._checkpointing_log_from() <= logging.INFO:
+            logger.info(
+                f"FSDP's activation_checkpointing is taken as checkpointing_mode={asked.mode!r}: blocks are recomputed "
+                "here, not by accelerate, whose replays draw other dropout masks."
+            )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model: nn.Module = super().call_model_init(trial)
@@ -103,10 +115,15 @@ class CheckpointingMixin(_Base):
             self._checkpointing_use_cache = UseCache(model)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        # Unused parameters are looked for as without checkpointing: only the reentrant variant cannot have it so.
-        with _Switches(self.args, not settings_of(self.args).use_reentrant):
+        with unused_parameters_decided(vars(self.args), settings_of(self.args).use_reentrant):
             built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
             return built
+
+    def _wrap_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # Here it is that transformers 4 decides on it.
+        with unused_parameters_decided(vars(self.args), settings_of(self.args).use_reentrant):
+            wrapped: nn.Module = super()._wrap_model(*args, **kwargs)
+            return wrapped
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._checkpointing = None
@@ -123,8 +140,14 @@ class CheckpointingMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # May run more than once in a train(): with auto_find_batch_size after each failure.
-        with self._checkpointing_switches or _Switches(self.args):
+        with self._checkpointing_switches or _Switches(self.args), self._checkpointing_quantized():
             return super()._inner_training_loop(*args, **kwargs)
+
+    def _checkpointing_quantized(self) -> AbstractContextManager[None]:
+        # Here, where the model is there also if it comes from model_init, and not wrapped yet.
+        assert isinstance(self.model, nn.Module)
+        is_sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return quantized_prepared(self.model, settings_of(self.args), self._checkpointing_log_from(), is_sharded)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._checkpointing_of(model).step():
@@ -186,9 +209,9 @@ class _Switches:
     arguments at that moment counts, so they are on again before callbacks read or save them.
     """
 
-    def __init__(self, args: TrainingArguments, enabled: bool = True) -> None:
+    def __init__(self, args: TrainingArguments) -> None:
         self._fields = vars(args)
-        self._values = {name: self._fields[name] for name in _SWITCHES if enabled and name in self._fields}
+        self._values = {name: self._fields[name] for name in _SWITCHES if name in self._fields}
 
     def __enter__(self) -> _Switches:
         self._fields.update(dict.fromkeys(self._values, False))

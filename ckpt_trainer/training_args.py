@@ -24,6 +24,7 @@ from typing import Any, cast
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
+from ckpt_trainer.distributed import fsdp_mode
 from ckpt_trainer.flag_rules import refuse_combinations, without_effect
 from ckpt_trainer.flag_values import (
     FLAG_CHECKS,
@@ -134,6 +135,10 @@ class CheckpointingArguments:
         default=1,
         metadata={"help": "offload: how many blocks ahead of backward are brought back to the device, from 0 up."},
     )
+    checkpointing_compile_budget: float | None = field(
+        default=None,
+        metadata={"help": "selective, compiled: share, 0 to 1, of what the compiler stores. Not set: by the tier."},
+    )
     checkpointing_skip_frozen: bool = field(
         default=True,
         metadata={"help": "Run frozen blocks below the first trainable parameter without graph, recompute, backward."},
@@ -145,6 +150,13 @@ class CheckpointingArguments:
     checkpointing_input_grads: str = field(
         default="auto",
         metadata={"help": "Make inputs require grad: `auto` (of blocks, where reentrant needs it), `always`, `never`."},
+    )
+    checkpointing_kbit_upcast: str = field(
+        default="none",
+        metadata={
+            "help": "Models with quantised weights: which of the others are cast to fp32 while training. `none`; `norms`, "
+            "whose results keep their dtype; `all`, embeddings and head included, which doubles them."
+        },
     )
     checkpointing_self_check: bool = field(
         default=True,
@@ -233,9 +245,11 @@ def settings_of(args: TrainingArguments) -> Settings:
         offload_dir=read_folder("checkpointing_offload_dir", own["checkpointing_offload_dir"]),
         host_budget=read_budget("checkpointing_host_budget", own["checkpointing_host_budget"]),
         prefetch=own["checkpointing_prefetch"],
+        compile_budget=own["checkpointing_compile_budget"],
         skip_frozen=own["checkpointing_skip_frozen"],
         use_reentrant=settle("checkpointing_use_reentrant", "use_reentrant"),
         input_grads=own["checkpointing_input_grads"],
+        kbit_upcast=own["checkpointing_kbit_upcast"],
         self_check=own["checkpointing_self_check"],
         preserve_rng_state=options.get("preserve_rng_state"),
         use_cache=getattr(args, "use_cache", None),
@@ -243,9 +257,8 @@ def settings_of(args: TrainingArguments) -> Settings:
         checkpoint_options={key: options[key] for key in TORCH_OPTIONS if key in options},
     )
     if settings.plan is not None:
-        spelled = {hf_mode[0]: hf_mode[2]} if hf_mode else {}
-        spelled[f"{label}['every_n_layers']"] = options_said and "every_n_layers" in options
-        _refuse_beside_plan(args, [text for text, said in spelled.items() if said])
+        every_n = [f"{label}['every_n_layers']"] if options_said and "every_n_layers" in options else []
+        _refuse_beside_plan(args, ([hf_mode[0]] if hf_mode and hf_mode[2] else []) + every_n)
     refuse_combinations(settings, label)
     _warn_without_effect(args, settings, label if options and options_said else "")
     return settings
@@ -299,16 +312,16 @@ def _read_hf_flag(args: TrainingArguments) -> tuple[str, str, bool] | None:
 def _read_hf_mode(
     args: TrainingArguments, label: str, options: Mapping[str, Any], options_said: bool
 ) -> tuple[str, str, bool] | None:
-    """The mode that HF's flag asks for, or the key `offload` of its kwargs in its place."""
-    flag = _read_hf_flag(args)
-    own_said = getattr(args, "checkpointing_mode", None) not in (None, _default_of(args, "checkpointing_mode"))
+    """The mode that HF's flag asks for, the key `offload` of its kwargs in its place, or FSDP's own switch."""
+    flag, mode = _read_hf_flag(args), getattr(args, "checkpointing_mode", None)
+    own_said = mode not in (None, _default_of(args, "checkpointing_mode"))
     # Kwargs that are a default of the args class do not make what the user said of the mode twice a conflict.
-    if not options.get("offload") or (own_said and not options_said):
-        return flag
-    text = f"{label}['offload']=True"
-    if flag is None:
-        return text, "offload", options_said
-    return f"{flag[0]} with {text}", "offload", options_said or flag[2]
+    if options.get("offload") and (options_said or not own_said):
+        text = f"{label}['offload']=True"
+        named, said = (f"{flag[0]} with {text}", flag[2]) if flag else (text, False)
+        flag = named, "offload", options_said or said
+    other = f"checkpointing_mode={mode!r}" if own_said else flag[0] if flag and flag[2] else None
+    return fsdp_mode(vars(args), other) or flag
 
 
 def _read_hf_kwargs(args: TrainingArguments) -> tuple[str, dict[str, Any], bool]:
