@@ -81,7 +81,7 @@ def prepare_model_for_kbit_training(
         raise ValueError(
             f"{type(model).__name__} is not quantised. Load it with a quantization_config, or leave this call out."
         )
-    if any("peft_config" in vars(module) or vars(module).get("_hf_peft_config_loaded") for module in model.modules()):
+    if any("peft_config" in vars(module) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has adapters, which this would freeze. Call it before they are attached; or leave "
             "it out, since attaching them freezes the rest."

@@ -339,6 +339,15 @@ class TestUpcast:
             raise KeyboardInterrupt
         assert (dtypes(model), hooks(model)) == before
 
+    def test_norms_that_share_a_weight(self, folder):
+        model = adapted(base(folder))
+        first, second = (layer.input_layernorm for layer in model.base_model.model.model.layers[:2])
+        second.weight = first.weight
+        with kbit_prepared(model, "norms") as done:
+            assert first.weight.dtype == torch.float32
+        assert done.upcast == 8
+        assert first.weight.dtype == torch.bfloat16
+
     def test_twice_is_once(self, folder):
         model = adapted(base(folder))
         before = dtypes(model)

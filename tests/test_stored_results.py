@@ -332,7 +332,9 @@ def add_in_place(view):
     return forward
 
 
-@pytest.mark.parametrize("view", [lambda y: y, lambda y: y[:, 1:5].mul_(3) is y or y, torch.detach], ids=str)
+@pytest.mark.parametrize(
+    "view", [lambda y: y, lambda y: y[:, 1:5].mul_(3) is y or y, torch.detach], ids=["itself", "written", "detached"]
+)
 @pytest.mark.parametrize("save", [["matmul"], ["*"]], ids=str)
 @pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("shape", [(2, 6, 8), (6, 8)])
