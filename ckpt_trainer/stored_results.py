@@ -175,6 +175,9 @@ class StoredCall:
         for key, result in self._owned(written):
             if not result.changed:
                 value = _copied(returned(result.value))
+                # What is written there from now on, be it another tensor at this address, is none of its business.
+                for keys in self._owners.values():
+                    keys.discard(key)
                 self._keep(key, replace(result, value=value, versions=_versions(value), unsafe_views=[]))
 
     def watch(self, viewed: Tensor, view: Tensor) -> None:

@@ -650,3 +650,31 @@ def test_an_error_in_a_replay_teaches_nothing():
     fail[0] = False
     for _ in range(2):
         assert counted(run, block, x_())[1]["mm"] == 4
+
+
+class ChangesTwice(nn.Module):
+    """Writes to the result of its matmul again and again."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+    def forward(self, x):
+        return (x @ self.weight).add_(1).mul_(2).sub_(3)
+
+
+class Clones(TorchDispatchMode):
+    """Counts copies."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function.overloadpacket.__name__ == "clone"
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_result_that_is_written_to_often_is_copied_once():
+    block = ChangesTwice()
+    with Clones() as clones, StoredResults(block, "block", ["matmul"]).call().storing():
+        block(torch.ones(2, 4))
+    assert clones.number == 1
