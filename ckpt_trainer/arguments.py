@@ -1,4 +1,4 @@
-"""The tensors among the arguments of a call: taken out, so that autograd sees them, and put back."""
+"""The arguments of a call: tensors are taken out, so that autograd sees them, and put back; caches are found."""
 
 from __future__ import annotations
 
@@ -49,6 +49,24 @@ def copy_of(value: Any) -> Any:
     return copy(value) if isinstance(value, (MutableSequence, MutableMapping)) else value
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is one of the key/value caches of transformers or of remote code, which a forward appends to."""
+    if value is None or isinstance(value, (Tensor, tuple, bool, int, float, str)):
+        return False
+    return any("Cache" in cls.__name__ for cls in type(value).__mro__)
+
+
 def fill_each(values: dict[str, Any], tensors: Sequence[Tensor]) -> dict[str, Any]:
     """The same for each of the keyword arguments."""
     return {key: fill(value, tensors) for key, value in values.items()}
+
+
+def require_grad_of_one(tensors: list[Tensor]) -> None:
+    """Let the first floating tensor require grad, if none does; an alias, so that the caller's tensor stays as it is."""
+    if any(tensor.requires_grad for tensor in tensors):
+        return
+    for index, tensor in enumerate(tensors):
+        if tensor.is_floating_point():
+            # A clone may be changed in place by the block; a leaf that requires grad may not.
+            tensors[index] = tensor.detach().requires_grad_().clone()
+            return

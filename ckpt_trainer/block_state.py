@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 # Buffers up to this size are copied before every forward, larger ones only if they are known to change.
 _SMALL_BYTES = 2**16
@@ -132,7 +133,7 @@ class BlockState:
         raised = buffer._version != seen.versions[key]
         if key in seen.copies:
             # Kernels of batch norm write without raising the version; others that do are looked for once.
-            return raised or _keeps_statistics(module) or not (self.watched or torch.equal(buffer, seen.copies[key]))
+            return raised or _keeps_statistics(module) or not (self.watched or _same_values(buffer, seen.copies[key]))
         if raised:
             raise RuntimeError(
                 f"buffer {key!r} of {type(module).__name__} ({buffer.nbytes} bytes) was written in place by a forward, "
@@ -193,6 +194,11 @@ def _toggle_training(modules: Sequence[nn.Module]) -> None:
 def _set_buffers(module: nn.Module, buffers: Buffers) -> None:
     module._buffers.clear()
     module._buffers.update(buffers)
+
+
+def _same_values(buffer: Tensor, copy: Tensor) -> bool:
+    # Fake ones have none to compare.
+    return isinstance(buffer, FakeTensor) or torch.equal(buffer, copy)
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

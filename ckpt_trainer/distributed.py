@@ -10,7 +10,6 @@ for all of them, so nothing of this concerns it.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +20,11 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging
+
+from ckpt_trainer.plan import Settings
+
+logger = logging.get_logger(__name__)
 
 _FSDP_SWITCH = "activation_checkpointing"
 _ADVICE = "Set checkpointing_use_reentrant=False."
@@ -44,15 +48,18 @@ def fsdp_mode(arguments: Mapping[str, Any], other: str | None) -> tuple[str, str
     is_on = "fsdp" in arguments and (arguments["fsdp"] or str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")))
     config: Any = arguments.get("fsdp_config")
     config = config if isinstance(config, Mapping) else {}
-    on = _read_fsdp(config, _FSDP_SWITCH) if is_on else None
+    if not is_on:
+        return None
+    on, offload = _read_fsdp(config, _FSDP_SWITCH), _read_fsdp(config, f"{_FSDP_SWITCH}_offload")
     if on is None:
+        if offload is not None:
+            logger.warning_once(f"No effect without {_FSDP_SWITCH} of FSDP: {offload}. Remove it or set that, too.")
         return None
     if other is not None:
         raise ValueError(
             f"{on} and {other} both say what is done to each block. Remove the first to follow the second, or the "
             "second to recompute every block, which is what the first means."
         )
-    offload = _read_fsdp(config, f"{_FSDP_SWITCH}_offload")
     return (on, "full", True) if offload is None else (f"{on} with {offload}", "offload", True)
 
 
@@ -81,8 +88,17 @@ def take_over(plugin: Any) -> bool:
     return was_on
 
 
+def may_replay_reentrant(settings: Settings, has_policy: bool) -> bool:
+    """Whether the reentrant variant may replay a block, as far as that is known before there is a plan."""
+    if settings.plan is not None:
+        replays = settings.plan.count("recompute") > 0
+    else:
+        replays = has_policy or settings.mode != "none" or any(part.mode != "none" for part in settings.modules)
+    return settings.use_reentrant and replays
+
+
 @contextmanager
-def unused_parameters_decided(arguments: MutableMapping[str, Any], use_reentrant: bool) -> Iterator[None]:
+def unused_parameters_decided(arguments: MutableMapping[str, Any], reentrant: bool) -> Iterator[None]:
     """While entered, `ddp_find_unused_parameters` is set where the user left it to transformers.
 
     To what transformers takes without checkpointing; with it, it takes False always, so that a model with unused
@@ -90,12 +106,12 @@ def unused_parameters_decided(arguments: MutableMapping[str, Any], use_reentrant
 
     Args:
         arguments: The fields of the training arguments.
-        use_reentrant: The reentrant variant was asked for.
+        reentrant: The reentrant variant may replay a block.
     """
     name = "ddp_find_unused_parameters"
     decides = arguments.get(name) is None
     if decides:
-        arguments[name] = not use_reentrant
+        arguments[name] = not reentrant
     try:
         yield
     finally:
@@ -146,30 +162,63 @@ def refuse_wrapped_blocks(model: nn.Module) -> None:
         )
 
 
+class Turns:
+    """Which forwards of a model backward replays, so that two before one backward are told from one that was dropped.
+
+    Attributes:
+        begun: How many forwards with gradients were begun, where that matters.
+    """
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self._last = 0, 0  # the forward replayed last, and how many were begun then
+
+    def replay(self, forward: int) -> None:
+        """To be called before each replay of a call of a block.
+
+        Args:
+            forward: What `begun` was in that call.
+
+        Raises:
+            ValueError: Another forward was replayed since this one began.
+        """
+        last, begun = self._last
+        if last != forward and begun >= forward:
+            raise ValueError(
+                "checkpointing_use_reentrant=True gives wrong gradients under DDP for two forwards before a backward: "
+                f"those of one process are averaged before all are there. {_ADVICE} Without gradient accumulation, "
+                "ddp_static_graph=True helps too."
+            )
+        self._last = forward, self.begun
+
+
 @contextmanager
-def one_forward_checked(model: nn.Module, checkpointed: Counter[str], replays: Counter[str]) -> Iterator[None]:
-    """While entered, the reentrant variant under DDP is refused a second forward before the backward of the first.
+def one_forward_checked(model: nn.Module, turns: Turns) -> Iterator[None]:
+    """While entered, the reentrant variant under DDP is refused two forwards before a backward, and unused parameters.
 
     Args:
         model: As it is called.
-        checkpointed: Calls of blocks that backward will replay, counted by others.
-        replays: Likewise their replays.
+        turns: Is told of each replay by others.
+
+    Raises:
+        RuntimeError: That of DDP for unused parameters, with what helps here.
     """
     if not isinstance(model, DistributedDataParallel) or model.static_graph:
         yield
         return
-    before = checkpointed.total() - replays.total()
 
-    def check(module: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and checkpointed.total() - replays.total() > before:
-            raise ValueError(
-                "checkpointing_use_reentrant=True gives wrong gradients under DDP for two forwards before a backward: "
-                f"those of one process are averaged before the second is there. {_ADVICE} Without gradient "
-                "accumulation, ddp_static_graph=True helps too."
-            )
+    def begin(module: nn.Module, args: Any) -> None:
+        turns.begun += torch.is_grad_enabled()
 
-    handle = model.register_forward_pre_hook(check)
+    handle = model.register_forward_pre_hook(begin)
     try:
         yield
+    except RuntimeError as error:
+        if "find_unused_parameters=True" not in str(error):
+            raise
+        raise RuntimeError(
+            f"Parameters got no gradient, which checkpointing_use_reentrant=True does not go with under DDP. {_ADVICE} "
+            f"DDP's own advice, find_unused_parameters=True, needs that, too. It says: {error}"
+        ) from error
     finally:
         handle.remove()

@@ -21,7 +21,7 @@ from ckpt_trainer.deepspeed_rules import deepspeed_notes, refuse_emptied
 from ckpt_trainer.distributed import one_forward_checked, refuse_reentrant_wrapped, refuse_wrapped_blocks, wrapper_notes
 from ckpt_trainer.first_pass import FirstPass
 from ckpt_trainer.install import Installed, offloading_of
-from ckpt_trainer.kbit import kbit_prepared, quantization_of, without_kept_inputs
+from ckpt_trainer.kbit import Preparation, following_autocast, kbit_prepared, quantization_of, without_kept_inputs
 from ckpt_trainer.log import logger
 from ckpt_trainer.offload import Offloading
 from ckpt_trainer.plan import Plan, Settings
@@ -50,6 +50,7 @@ class Checkpointing:
         settings: What was asked for.
         log_from: Level from which on to log: `logging.INFO`, or above `logging.CRITICAL` for nothing.
         policy: A user's own, asked for the action of each block whenever a plan is made; see `policies.make_plan`.
+        watches: Look at the first forward and backward, and say what they showed.
 
     Attributes:
         blocks: The blocks of the model, in forward order.
@@ -64,23 +65,26 @@ class Checkpointing:
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, log_from: int = logging.INFO, policy: BlockPolicy | None = None
+        self,
+        model: nn.Module,
+        settings: Settings,
+        log_from: int = logging.INFO,
+        policy: BlockPolicy | None = None,
+        watches: bool = True,
     ) -> None:
         self.model = model
         self.settings = settings
         self.blocks = find_blocks(model)
         self.tally = Tally()
         self.recomputable_share: float | None = None
-        self._concluded = False
+        self._concluded = not watches
         self._begun = False
+        self._is_left = False
         self._offloading: Offloading | None = None
         self._use_cache = UseCache(model)
         self._log_from = log_from
         self._policy = policy
         self._switched = modules_switched_on(model)
-        if settings.use_reentrant:
-            refuse_reentrant(model)
-            refuse_reentrant_wrapped(model)
         self._compiled = compiled.compiled_part(model, [(block.name, block.module) for block in self.blocks])
         self._is_quantized = quantization_of(model) is not None
         self._find_input_hooks()
@@ -102,10 +106,14 @@ class Checkpointing:
         self.plan: Plan = make_plan(self.blocks, self.settings, self._policy)
         if self._offloading is None and self._moves:
             self._offloading = offloading_of(self.settings)
+        if self._replays_reentrant:
+            refuse_reentrant(self.model)
+            refuse_reentrant_wrapped(self.model)
         refuse_emptied(self.model, self.plan, self.settings)
-        compiled.refuse_budget(self.plan, self.settings, self._compiled)
+        compiled.refuse(self.model, self.plan, self.settings, self._compiled)
         self._budget = compiled.budget_of(self.plan, self.settings, self._compiled)
-        self._installed = Installed(self.blocks, self.plan, self.settings, self.tally, self._offloading, self._compiled)
+        carried = self.blocks, self.plan, self.settings, self.tally, self._offloading, self._compiled
+        self._installed = Installed(*carried, self._left_by_compiler)
         if isinstance(self.model, nn.DataParallel) and self.plan.is_active:
             raise ValueError(
                 "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
@@ -125,6 +133,11 @@ class Checkpointing:
     @property
     def _moves(self) -> bool:
         return any(action.place != "device" for action in self.plan.actions.values())
+
+    @property
+    def _replays_reentrant(self) -> bool:
+        # What `selective` blocks do is not for this variant, which is refused beside them.
+        return self.settings.use_reentrant and self.plan.count("recompute") > 0
 
     @property
     def _cache_wanted(self) -> bool | None:
@@ -163,17 +176,17 @@ class Checkpointing:
             stack.enter_context(switched_off(self._switched))
             stack.enter_context(without_input_grad_hooks(self._needless_hooks))
             stack.enter_context(input_grads(self._hooked))
-            if self.settings.use_reentrant:
+            if self._replays_reentrant:
                 stack.enter_context(reentrant_calls_checked(self.model))
-                counts = self.tally.checkpointed, self.tally.replays
-                stack.enter_context(one_forward_checked(self.model, *counts))
+                stack.enter_context(one_forward_checked(self.model, self.tally.turns))
             if self._cache_wanted is not None:
                 stack.enter_context(self._use_cache.set_to(self._cache_wanted))
             if self._is_quantized and _is_eager(self.model):
                 stack.enter_context(without_kept_inputs(self.model))
+                stack.enter_context(following_autocast(self.model))
             first = self._first_pass()
             stack.enter_context(first or nullcontext())
-            stack.enter_context(compiled.memory_budget(self._budget))
+            stack.enter_context(compiled.compiler_set(self._budget, self._compiled))
             stack.enter_context(self._installed)
             try:
                 yield
@@ -225,7 +238,9 @@ class Checkpointing:
 
     def report(self) -> dict[str, Any]:
         """What was done so far, as plain data; see `report.memory_report`."""
-        return report.memory_report(self.plan, self.blocks, self.tally, self.recomputable_share, self._offload_report())
+        by_compiler = compiled.as_data(self.plan, self.settings, self._compiled)
+        measured = self.recomputable_share, self._offload_report(), by_compiler
+        return report.memory_report(self.plan, self.blocks, self.tally, *measured)
 
     def _offload_report(self) -> dict[str, Any] | None:
         return self._offloading.report() if self._offloading is not None and self._moves else None
@@ -249,6 +264,11 @@ class Checkpointing:
             f"CheckpointingMixin in front: class Mine(CheckpointingMixin, {owner}).",
         )
 
+    def _left_by_compiler(self, name: str) -> None:
+        if not self._is_left:
+            self._is_left = True
+            self._say(logging.WARNING, compiled.explain_left(name))
+
     def _say(self, level: int, text: str) -> None:
         if level >= self._log_from:
             logger.log(level, text)
@@ -265,10 +285,10 @@ def _is_eager(model: nn.Module) -> bool:
 @contextmanager
 def quantized_prepared(
     model: nn.Module, settings: Settings, log_from: int = logging.INFO, is_sharded: bool = False
-) -> Iterator[None]:
+) -> Iterator[Preparation | None]:
     """While entered, a model with quantised weights is ready to train, and it is said what that took.
 
-    Args: see `kbit.kbit_prepared`, and `Checkpointing`.
+    Args and what it yields: see `kbit.kbit_prepared`, and `Checkpointing`.
     """
     with kbit_prepared(model, settings.kbit_upcast, is_sharded) as done:
         if done is not None and log_from <= logging.INFO:
@@ -278,7 +298,7 @@ def quantized_prepared(
                 f"checkpointing_kbit_upcast={settings.kbit_upcast!r} has no effect, since no weight of "
                 f"{type(model).__name__} is quantised."
             )
-        yield
+        yield done
 
 
 @contextmanager
@@ -304,9 +324,9 @@ def checkpointing(
         policy: A function of a `Block` that returns its `Action`, the text of one (`selective:attention`), or None for
             what the mode says.
         flags: The other flags without their prefix: `modules`, `every_n`, `save`, `segment`, `plan` (also a `Plan`),
-            `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `skip_frozen`, `use_reentrant`,
-            `input_grads`, `kbit_upcast`, `self_check`; and of torch's checkpoint `preserve_rng_state`,
-            `determinism_check`, `context_fn`, `debug`, `early_stop`.
+            `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `compile_budget`, `skip_frozen`,
+            `use_reentrant`, `input_grads`, `kbit_upcast`, `self_check`; and of torch's checkpoint
+            `preserve_rng_state`, `determinism_check`, `context_fn`, `debug`, `early_stop`.
 
     Yields:
         What is in force: its `plan`, and `report()` for what happened under it.

@@ -66,9 +66,9 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 def check_share(name: str, value: Any) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1):
         found = _number(value)
-        percent = found / 100 if isinstance(found, (int, float)) and 1 < found <= 100 else found
-        is_share = isinstance(percent, (int, float)) and not isinstance(percent, bool) and 0 <= percent <= 1
-        raise invalid(name, value, "a share from 0 to 1", percent if is_share else 0.5)
+        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
+        near = found / 100 if is_number and 2 <= found <= 100 else min(max(found, 0.0), 1.0) if is_number else 0.5
+        raise invalid(name, value, "a number from 0 to 1", near)
 
 
 def read_dict(name: str, value: Any) -> dict[Any, Any]:
@@ -275,6 +275,8 @@ _SAVE_FLAGS = {"selective": "checkpointing_save", "offload": "checkpointing_offl
 _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0", "none", "null")
 
+_check_upcast = _one_of(*KBIT_UPCASTS, norm="norms", false="none", true="all", fp32="all")
+
 # The flags whose value is used as it is. For the others there is a function that reads them.
 FLAG_CHECKS: Mapping[str, Check] = {
     "checkpointing_mode": lambda name, value: None if value is None else check_mode(name, value),
@@ -288,7 +290,7 @@ FLAG_CHECKS: Mapping[str, Check] = {
     "checkpointing_skip_frozen": check_bool,
     "checkpointing_use_reentrant": check_bool,
     "checkpointing_input_grads": _one_of(*INPUT_GRADS),
-    "checkpointing_kbit_upcast": _one_of(*KBIT_UPCASTS, norm="norms", false="none", true="all", fp32="all"),
+    "checkpointing_kbit_upcast": lambda name, value: None if value is None else _check_upcast(name, value),
     "checkpointing_self_check": check_bool,
 }
 

@@ -88,13 +88,17 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
         out = func(*args, **kwargs)
-        op = func._overloadpacket
-        if op in flop_registry:
-            formula: Any = flop_registry[op]
-            self.total += formula(*args, **kwargs, out_val=out)
-        elif str(op) in FORMULAS:
-            self.total += FORMULAS[str(op)](*args)
+        self.total += flops_of(func, args, kwargs, out)
         return out
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of one call of an op; 0 of one without a formula."""
+    op = func._overloadpacket
+    if op in flop_registry:
+        formula: Any = flop_registry[op]
+        return int(formula(*args, **kwargs, out_val=out))
+    return FORMULAS[str(op)](*args) if str(op) in FORMULAS else 0
 
 
 def _is_composite(func: Any, args: Any) -> bool:

@@ -43,6 +43,7 @@ class Installed:
         tally: Where calls and replays are counted.
         offloading: Moves what is stored of blocks whose place is not the device; needed where there are such.
         compiled: What of the model is compiled.
+        left: Called with the name of a block that should be compiled and runs without.
 
     Attributes:
         rebuilding: What blocks that store what is expensive rebuild.
@@ -57,6 +58,7 @@ class Installed:
         tally: Tally,
         offloading: Offloading | None = None,
         compiled: Compiled = NOT_COMPILED,
+        left: Callable[[str], None] = lambda name: None,
     ) -> None:
         modules = [module for block in blocks for module in block.module.modules()]
         self.rebuilding = Rebuilding(modules, from_parameters=not any(map(_is_sharded, modules)))
@@ -67,9 +69,8 @@ class Installed:
         }
         first_of_stack = {block.stack: block.name for block in reversed(blocks)}
         segments = _segments(blocks, plan, settings)
-        tell = partial(told, plan, settings, compiled)
-        self._offloading = offloading
-        self._forwards = []
+        tell = partial(told, plan, settings, compiled, left)
+        self._offloading, self._forwards = offloading, list[_Forward]()
         for block in blocks:
             run: Rebuildable | Replayable | Movable
             action, parameters = plan[block.name], tuple(block.module.parameters())
@@ -80,14 +81,14 @@ class Installed:
                 assert elsewhere is not None
                 run = Movable(parameters, elsewhere, tally)
             elif action.save == EXPENSIVE:
-                run = Rebuildable(parameters, self.rebuilding, tally, elsewhere, tell(action))
+                run = Rebuildable(parameters, self.rebuilding, tally, elsewhere, tell(block.name))
             else:
                 run = replace(
                     _replayable(block, settings, first_of_stack, tally),
                     storing=self.stored[block.name].storing if block.name in self.stored else (),
                     segments=segments.get(block.stack) if action.kind == "recompute" else None,
                     elsewhere=elsewhere,
-                    told=tell(action),
+                    told=tell(block.name),
                 )
             self._forwards.append(_Forward(block.module, run))
 

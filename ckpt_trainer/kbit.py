@@ -6,7 +6,7 @@ cast is cast back, bit for bit, since it is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ckpt_trainer.log import logger
 
 # Weights of bitsandbytes, also where no config says that they are quantised.
 _PACKED = {"Params4bit": "bitsandbytes, 4 bit", "Int8Params": "bitsandbytes, 8 bit"}
@@ -26,18 +28,20 @@ class Preparation:
 
     Args:
         method: How it is quantised, such as `bitsandbytes, 4 bit`.
-        upcast: How many parameters are fp32 that were not.
+        upcast: What is fp32 that was not.
         bytes_before: Of all parameters, as they were.
         bytes_after: Likewise, now.
-        compute: How many layers follow autocast in what they compute in, that were left at fp32.
+        compute: How many layers are set to compute in fp32, and follow autocast in each step.
+        trained: Names of parameters that are trained in 16 bits, which are not cast: they could not be cast back.
         left: Why nothing is cast though it was asked for, or less; empty where all is.
     """
 
     method: str
-    upcast: int
+    upcast: Upcast
     bytes_before: int
     bytes_after: int
     compute: int = 0
+    trained: tuple[str, ...] = ()
     left: str = ""
 
 
@@ -59,7 +63,7 @@ def quantization_of(model: nn.Module) -> str | None:
 
 
 def prepare_model_for_kbit_training(
-    model: nn.Module, use_gradient_checkpointing: bool = True, gradient_checkpointing_kwargs: Any = None
+    model: nn.Module, use_gradient_checkpointing: bool | None = None, gradient_checkpointing_kwargs: Any = None
 ) -> nn.Module:
     """Freeze a quantised model, before adapters are attached. In place of PEFT's function of this name.
 
@@ -68,7 +72,8 @@ def prepare_model_for_kbit_training(
 
     Args:
         model: A quantised model, as loaded.
-        use_gradient_checkpointing: Taken so that scripts need no change, and not used: training arguments decide.
+        use_gradient_checkpointing: Taken so that scripts need no change, and not used, which a line says: training
+            arguments decide.
         gradient_checkpointing_kwargs: Likewise.
 
     Returns:
@@ -86,16 +91,20 @@ def prepare_model_for_kbit_training(
             f"{type(model).__name__} has adapters, which this would freeze. Call it before they are attached; or leave "
             "it out, since attaching them freezes the rest."
         )
+    if use_gradient_checkpointing is not None or gradient_checkpointing_kwargs is not None:
+        logger.info(
+            "prepare_model_for_kbit_training does not look at use_gradient_checkpointing and its kwargs: whether and how "
+            "blocks are recomputed is for training arguments (checkpointing_mode)."
+        )
     return model.requires_grad_(False)
 
 
 @contextmanager
 def kbit_prepared(model: nn.Module, upcast: str = "none", is_sharded: bool = False) -> Iterator[Preparation | None]:
-    """While entered, a quantised model is ready to train; after it, it is as it was.
+    """While entered, weights of a quantised model are fp32 as `upcast` says; after it, they are as they were.
 
-    Layers that were left to compute in fp32 compute in what mixed precision has, as LLaVA's script sets it. Weights
-    that are frozen and in 16 bits are cast to fp32 as `upcast` says: all that are not quantised, or those of norms. A
-    norm in fp32 still gives what it gave in dtype, so that no activation grows.
+    Cast is what is frozen and in 16 bits: all that is not quantised, or norms alone. A norm in fp32 still gives what it
+    gave in dtype, so that no activation grows.
 
     Args:
         model: Any module.
@@ -111,7 +120,7 @@ def kbit_prepared(model: nn.Module, upcast: str = "none", is_sharded: bool = Fal
         return
     left = ""
     if upcast != "none" and is_sharded:
-        upcast, left = "none", "parameters are sharded, so none is cast"
+        upcast, left = "none", "none is cast under FSDP and DeepSpeed, which hold parameters in another way"
     if upcast == "all" and not method.startswith("bitsandbytes"):
         upcast, left = "norms", f"kernels of {method} take 16 bits, so only norms are cast"
     norms = _norms(model) if upcast == "norms" else []
@@ -119,8 +128,10 @@ def kbit_prepared(model: nn.Module, upcast: str = "none", is_sharded: bool = Fal
     if upcast == "all":
         chosen = [parameter for parameter in model.parameters() if _is_plain(parameter)]
     before = weight_bytes(model)
-    with _narrowed(norms), _cast(chosen) as number, _following_autocast(model) as layers:
-        yield Preparation(method, number, before, weight_bytes(model), layers, left)
+    trained = tuple(name for name, p in model.named_parameters() if p.requires_grad and p.dtype in _HALVES)
+    with _narrowed(norms), Upcast(chosen) as cast:
+        compute = len(_layers_left_at_fp32(model))
+        yield Preparation(method, cast, before, weight_bytes(model), compute, trained, left)
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -131,7 +142,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def _is_plain(parameter: nn.Parameter) -> bool:
     """Whether it is frozen, in 16 bits, and not what a library made of quantised weights."""
-    is_plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    is_plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor and not hasattr(parameter, "ds_id")
     return is_plain and not parameter.requires_grad and parameter.dtype in _HALVES and not parameter.is_meta
 
 
@@ -147,17 +158,36 @@ def _norms(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-@contextmanager
-def _cast(parameters: Sequence[Any]) -> Iterator[int]:
-    """These parameters in fp32; gives how many they are. They are frozen, so that casting back changes nothing."""
-    changed = [(parameter, parameter.dtype) for parameter in {id(p): p for p in parameters}.values()]
-    for parameter, _ in changed:
-        parameter.data = parameter.data.float()
-    try:
-        yield len(changed)
-    finally:
-        for parameter, dtype in changed:
+class Upcast:
+    """Parameters that are fp32 while this is entered. They are frozen, so that casting them back changes no bit.
+
+    Args:
+        parameters: In 16 bits. One that is there twice counts once.
+    """
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        self._dtypes = [(parameter, parameter.dtype) for parameter in {id(p): p for p in parameters}.values()]
+
+    def __len__(self) -> int:
+        return len(self._dtypes)
+
+    def __enter__(self) -> Upcast:
+        for parameter, _ in self._dtypes:
+            parameter.data = parameter.data.float()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for parameter, dtype in self._dtypes:
             parameter.data = parameter.data.to(dtype)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """As they were, for what is saved meanwhile."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
 
 
 @contextmanager
@@ -165,36 +195,37 @@ def _narrowed(norms: Sequence[nn.Module]) -> Iterator[None]:
     """These norms give what they give while their weights are not fp32, in dtype."""
     with ExitStack() as stack:
         for norm in norms:
-            stack.callback(norm.register_forward_hook(partial(_narrow, _dtype_of(norm))).remove)
+            hook = partial(_narrow, next(norm.parameters()).dtype)
+            stack.callback(norm.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _narrow(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
-    given = next((value for value in args if isinstance(value, Tensor) and value.is_floating_point()), None)
+def _narrow(dtype: torch.dtype, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    given = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if given is None or not isinstance(output, Tensor):
         return None
     return output.to(torch.promote_types(given.dtype, dtype))
 
 
-def _dtype_of(norm: nn.Module) -> torch.dtype:
-    return next(norm.parameters()).dtype
-
-
 @contextmanager
-def _following_autocast(model: nn.Module) -> Iterator[int]:
-    """Layers with 4 bit weights that were left to compute in fp32, the default, follow autocast; gives how many.
+def following_autocast(model: nn.Module) -> Iterator[None]:
+    """Layers with 4 bit weights that were left to compute in fp32, the default, compute in what autocast has.
 
-    Their kernel asks for autocast within one op, which no longer sees it under a dispatch mode: selective tiers and
-    FLOP counters would change the result.
+    As LLaVA's script sets it. Their kernel asks for autocast within one op, which no longer sees it under a dispatch
+    mode: selective tiers and FLOP counters would change the result.
     """
-    layers: list[Any] = [module for module in model.modules() if vars(module).get("compute_dtype") is torch.float32]
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in _layers_left_at_fp32(model):
             stack.callback(setattr, layer, "compute_dtype", torch.float32)
             if layer.bias is not None:  # which the layer casts for good
                 stack.callback(setattr, layer.bias, "data", layer.bias.data)
             stack.callback(layer.register_forward_pre_hook(_follow_autocast).remove)
-        yield len(layers)
+        yield
+
+
+def _layers_left_at_fp32(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if vars(module).get("compute_dtype") is torch.float32]
 
 
 def _follow_autocast(module: Any, args: Any) -> None:

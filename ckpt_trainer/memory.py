@@ -226,6 +226,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)  # what a fake tensor is asked for: its device, its layout
         # A storage that arguments bring and nobody knows was there before the context; a view of it makes nothing.
         self._follow((args, kwargs), is_new=func in _FRESH)
         out = func(*args, **kwargs)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterator
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
@@ -84,12 +85,31 @@ def matches_op(entry: str, op: Any) -> bool:
     if entry in WORDS:
         kind = kind_of(op)
         return kind == "attention" or (entry != "attention" and kind in ("matmul", "batched"))
-    namespace, name, overload = _parts(op)
-    written = entry.replace("::", ".")
-    return any(
-        fnmatchcase(spelling, written)
-        for spelling in (name, f"{namespace}.{name}", f"{namespace}.{name}.{overload or 'default'}")
-    )
+    return _is_written(entry.replace("::", "."), *_parts(op))
+
+
+def _is_written(entry: str, namespace: str, name: str, overload: str) -> bool:
+    spellings = name, f"{namespace}.{name}", f"{namespace}.{name}.{overload or 'default'}"
+    return any(fnmatchcase(spelling, entry) for spelling in spellings)
+
+
+def names_an_op(entry: str) -> bool:
+    """Whether an entry of a list means any op that is registered with torch."""
+    return entry in WORDS or any(_is_written(entry.replace("::", "."), *parts) for parts in _registered())
+
+
+def registered_names() -> list[str]:
+    """Names of all ops of aten that are registered with torch."""
+    return [name for namespace, name, _ in _registered() if namespace == "aten"]
+
+
+def _registered() -> Iterator[tuple[str, str, str]]:
+    """Namespace, name and overload of each op there is; others may be registered later."""
+    for known in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = known.partition("::")
+        yield namespace, *name.partition(".")[::2]
+    for name in torch._ops._higher_order_ops:
+        yield "higher_order", name, ""
 
 
 def nearest_names(entry: str, names: list[str]) -> list[str]:

@@ -189,7 +189,7 @@ class Settings:
         host_budget: How much host memory offload may take: a share of what is available (float), or bytes (int).
         prefetch: How many blocks ahead of backward are brought back to the device.
         compile_budget: Share of what the compiler would store that it may, for compiled blocks in mode `selective`.
-            None: what stands for their tier.
+            None: no budget, ops are marked.
         skip_frozen: Frozen blocks below the first trainable parameter run without graph, recompute or backward.
         use_reentrant: The reentrant variant of torch's checkpoint.
         input_grads: One of `INPUT_GRADS`: whether embeddings are made to require grad.

@@ -31,9 +31,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from ckpt_trainer import side_channels
-from ckpt_trainer.arguments import copy_of, fill, fill_each, lift
+from ckpt_trainer.arguments import copy_of, fill, fill_each, is_cache, lift, require_grad_of_one
 from ckpt_trainer.block_state import Before, BlockState, as_before, devices_of
-from ckpt_trainer.compiled import MARKED, Told
+from ckpt_trainer.compiled import MARKED, Told, traced_or_python
+from ckpt_trainer.distributed import Turns
 from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.groups import Group
 from ckpt_trainer.handles import Pack, unpack
@@ -58,6 +59,7 @@ class Tally:
         replay_flops: FLOPs of one replay of each block that reuses results, from the first while `counts_replays`.
         counter: Counts FLOPs while a forward is measured.
         counts_replays: Whether replays are measured.
+        turns: Is told of each replay of the reentrant variant.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -70,6 +72,7 @@ class Tally:
     replay_flops: dict[str, int] = field(default_factory=dict)
     counter: FlopCounter | None = None
     counts_replays: bool = False
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class Rebuildable:
     elsewhere: Elsewhere | None = None
     told: Told = MARKED
 
+    @traced_or_python
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)`; see `Rebuilding.run`."""
         if torch.compiler.is_compiling():
@@ -167,6 +171,11 @@ class Rebuildable:
         self.tally.calls[why or "rebuild"] += 1
         if why is not None:
             return forward(*args, **kwargs)
+        return self.told.run_untraced(self._rebuilt, tensors, forward, args, kwargs)
+
+    def _rebuilt(
+        self, tensors: list[Tensor], forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         group = self.elsewhere.begin(tensors) if self.elsewhere is not None else None
         if group is None:
             return self.rebuilding.run(forward, args, kwargs, self.parameters)
@@ -222,6 +231,7 @@ class Replayable:
     elsewhere: Elsewhere | None = None
     told: Told = MARKED
 
+    @traced_or_python
     def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call `forward(*args, **kwargs)` so that backward replays it.
 
@@ -236,14 +246,17 @@ class Replayable:
             return self.told.run(forward, args, kwargs)
         if not torch.is_grad_enabled():
             return self._plainly("no grad", forward, args, kwargs)
-        if any(_is_cache(value) for value in (*args, *kwargs.values())):
+        if any(is_cache(value) for value in (*args, *kwargs.values())):
             return self._plainly("got a key/value cache", forward, args, kwargs)
+        return self.told.run_untraced(self._replayed, forward, args, kwargs)
+
+    def _replayed(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors: list[Tensor] = []
         args, kwargs = lift(args, tensors), {key: lift(value, tensors) for key, value in kwargs.items()}
         trainable = any(parameter.requires_grad for parameter in self.parameters)
         required = self.variant.require_input_grad
         if required or (required is None and self.variant.use_reentrant and trainable):
-            _require_grad_of_one(tensors)
+            require_grad_of_one(tensors)
         if not trainable and not any(tensor.requires_grad for tensor in tensors):
             self.tally.calls["no graph"] += 1
             return forward(*fill(args, tensors), **fill_each(kwargs, tensors))
@@ -360,8 +373,11 @@ class _FlatCall:
 
     def __init__(self, call: _Call) -> None:
         self.call = call
+        self.forward = call.block.tally.turns.begun
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self.call.before is not None:
+            self.call.block.tally.turns.replay(self.forward)
         leaves, self.structure = tree_flatten(self.call(*tensors))
         self.leaves = [leaf if not isinstance(leaf, Tensor) else None for leaf in leaves]
         self.places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -374,26 +390,8 @@ class _FlatCall:
         return tree_unflatten(leaves, self.structure)
 
 
-def _is_cache(value: Any) -> bool:
-    """Whether a value is one of the key/value caches of transformers or of remote code, which a forward appends to."""
-    if value is None or isinstance(value, (Tensor, tuple, bool, int, float, str)):
-        return False
-    return any("Cache" in cls.__name__ for cls in type(value).__mro__)
-
-
 def _why_no_graph(parameters: Sequence[nn.Parameter], tensors: Sequence[Tensor]) -> str | None:
     """Why autograd will store nothing of a call; None if it will."""
     if not torch.is_grad_enabled():
         return "no grad"
     return None if any(leaf.requires_grad for leaf in (*parameters, *tensors)) else "no graph"
-
-
-def _require_grad_of_one(tensors: list[Tensor]) -> None:
-    """Let the first floating tensor require grad, if none does; an alias, so that the caller's tensor stays as it is."""
-    if any(tensor.requires_grad for tensor in tensors):
-        return
-    for index, tensor in enumerate(tensors):
-        if tensor.is_floating_point():
-            # A clone may be changed in place by the block; a leaf that requires grad may not.
-            tensors[index] = tensor.detach().requires_grad_().clone()
-            return

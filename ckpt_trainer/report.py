@@ -53,14 +53,16 @@ def kbit_line(done: Preparation) -> str:
     """What was done to a quantised model for the time of its training."""
     size = memory.format_bytes(done.bytes_before)
     if done.upcast:
-        size = f"{done.upcast} parameters cast to fp32, weights {size} -> {memory.format_bytes(done.bytes_after)}"
+        size = f"{len(done.upcast)} parameters cast to fp32, weights {size} -> {memory.format_bytes(done.bytes_after)}"
     else:
         size = f"weights {size}, none cast"
     parts = [f"quantised ({done.method}): {size}"]
     if done.left:
         parts.append(done.left)
     if done.compute:
-        parts.append(f"{done.compute} layers left at compute dtype float32 follow mixed precision")
+        parts.append(f"{done.compute} layers set to compute in float32 do so in what autocast has, where it is on")
+    if done.trained:
+        parts.append(f"trained in 16 bits, and not cast: {_some(done.trained)}")
     return "; ".join(parts)
 
 
@@ -99,6 +101,7 @@ def memory_report(
     tally: Tally,
     recomputable_share: float | None,
     offload: Mapping[str, Any] | None = None,
+    compiled: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What was done so far.
 
@@ -107,7 +110,8 @@ def memory_report(
         `recomputed_blocks`: replays, all together, and `recomputed_by_block`; `rebuilt_inputs`: forwards run once more
         for the next block's input; `recomputed_flops_share`: FLOPs of both / FLOPs of forwards, None if not measured;
         `memory`: bytes, see `memory_bytes`; `offload`: what was moved off the device, see `Offloading.report`, None where
-        nothing was to be; `plan`: the plan as `Plan.as_data` gives it, which is what a file for
+        nothing was to be; `compiled`: how many blocks a compiler runs, whose calls are not counted, `backends` and
+        `memory_budget`, None where it runs none; `plan`: the plan as `Plan.as_data` gives it, which is what a file for
         `checkpointing_plan` holds.
     """
     kinds: dict[str, Counter[str]] = {}
@@ -126,6 +130,7 @@ def memory_report(
         "recomputed_flops_share": flops_share(tally, recomputable_share) if counted else None,
         "memory": memory_bytes(blocks[0].module if blocks else None),
         "offload": offload,
+        "compiled": compiled,
         "plan": plan.as_data(),
     }
 

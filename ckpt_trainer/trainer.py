@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import find_blocks
-from ckpt_trainer.distributed import take_over, unused_parameters_decided
+from ckpt_trainer.distributed import fsdp_mode, may_replay_reentrant, take_over, unused_parameters_decided
 from ckpt_trainer.engine import Checkpointing, quantized_prepared
+from ckpt_trainer.kbit import Preparation
 from ckpt_trainer.log import logger
 from ckpt_trainer.policies import BlockPolicy, check_policy, make_plan
 from ckpt_trainer.prepare import UseCache
@@ -60,6 +61,7 @@ class CheckpointingMixin(_Base):
     _checkpointing: Checkpointing | None = None
     _checkpointing_use_cache: UseCache | None = None
     _checkpointing_switches: _Switches | None = None
+    _checkpointing_prepared: Preparation | None = None
     _checkpointing_logged: Mapping[str, float] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -98,6 +100,8 @@ class CheckpointingMixin(_Base):
         with _Switches(self.args):
             super().create_accelerator_and_postprocess()
         was_on = take_over(getattr(self.accelerator.state, "fsdp_plugin", None))
+        # Where there is no accelerator, accelerate runs DDP in place of FSDP.
+        was_on = was_on or fsdp_mode(vars(self.args), None) is not None
         if was_on and self._checkpointing_log_from() <= logging.INFO:
             logger.info(
                 f"FSDP's activation_checkpointing is taken as checkpointing_mode={asked.mode!r}: blocks are recomputed "
@@ -115,15 +119,18 @@ class CheckpointingMixin(_Base):
             self._checkpointing_use_cache = UseCache(model)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
-        with unused_parameters_decided(vars(self.args), settings_of(self.args).use_reentrant):
+        with unused_parameters_decided(vars(self.args), self._checkpointing_may_replay_reentrant()):
             built: dict[str, Any] = super()._build_accelerator_args(**kwargs)
             return built
 
     def _wrap_model(self, *args: Any, **kwargs: Any) -> nn.Module:
         # Here it is that transformers 4 decides on it.
-        with unused_parameters_decided(vars(self.args), settings_of(self.args).use_reentrant):
+        with unused_parameters_decided(vars(self.args), self._checkpointing_may_replay_reentrant()):
             wrapped: nn.Module = super()._wrap_model(*args, **kwargs)
             return wrapped
+
+    def _checkpointing_may_replay_reentrant(self) -> bool:
+        return may_replay_reentrant(settings_of(self.args), self._checkpointing_policy is not None)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._checkpointing = None
@@ -140,14 +147,24 @@ class CheckpointingMixin(_Base):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # May run more than once in a train(): with auto_find_batch_size after each failure.
-        with self._checkpointing_switches or _Switches(self.args), self._checkpointing_quantized():
-            return super()._inner_training_loop(*args, **kwargs)
-
-    def _checkpointing_quantized(self) -> AbstractContextManager[None]:
-        # Here, where the model is there also if it comes from model_init, and not wrapped yet.
+        # The model is there by now, also if it comes from model_init, and not wrapped yet.
         assert isinstance(self.model, nn.Module)
         is_sharded = bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        return quantized_prepared(self.model, settings_of(self.args), self._checkpointing_log_from(), is_sharded)
+        flags = settings_of(self.args), self._checkpointing_log_from(), is_sharded
+        with (
+            self._checkpointing_switches or _Switches(self.args),
+            quantized_prepared(self.model, *flags) as self._checkpointing_prepared,
+        ):
+            try:
+                return super()._inner_training_loop(*args, **kwargs)
+            finally:
+                self._checkpointing_prepared = None
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        # What is cast while training is saved as it was.
+        prepared = self._checkpointing_prepared
+        with prepared.upcast.suspended() if prepared is not None else nullcontext():
+            super()._save(*args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._checkpointing_of(model).step():

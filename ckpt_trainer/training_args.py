@@ -137,7 +137,7 @@ class CheckpointingArguments:
     )
     checkpointing_compile_budget: float | None = field(
         default=None,
-        metadata={"help": "selective, compiled: share, 0 to 1, of what the compiler stores. Not set: by the tier."},
+        metadata={"help": "selective, compiled: share, 0 to 1, of what the compiler stores. Not set: ops are marked."},
     )
     checkpointing_skip_frozen: bool = field(
         default=True,
@@ -151,7 +151,7 @@ class CheckpointingArguments:
         default="auto",
         metadata={"help": "Make inputs require grad: `auto` (of blocks, where reentrant needs it), `always`, `never`."},
     )
-    checkpointing_kbit_upcast: str = field(
+    checkpointing_kbit_upcast: str | None = field(
         default="none",
         metadata={
             "help": "Models with quantised weights: which of the others are cast to fp32 while training. `none`; `norms`, "
@@ -249,7 +249,7 @@ def settings_of(args: TrainingArguments) -> Settings:
         skip_frozen=own["checkpointing_skip_frozen"],
         use_reentrant=settle("checkpointing_use_reentrant", "use_reentrant"),
         input_grads=own["checkpointing_input_grads"],
-        kbit_upcast=own["checkpointing_kbit_upcast"],
+        kbit_upcast=own["checkpointing_kbit_upcast"] or "none",
         self_check=own["checkpointing_self_check"],
         preserve_rng_state=options.get("preserve_rng_state"),
         use_cache=getattr(args, "use_cache", None),

@@ -1,18 +1,20 @@
 """Decisions for several processes that one process can see; `distributed/` has the runs."""
 
+import logging
 import os
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import llama
+from tiny_models import CASES, llama
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainingArguments
 
 from ckpt_trainer import CheckpointTrainingArguments, checkpointing
-from ckpt_trainer.distributed import fsdp_mode, take_over, unused_parameters_decided
+from ckpt_trainer.distributed import Turns, fsdp_mode, may_replay_reentrant, take_over, unused_parameters_decided
+from ckpt_trainer.plan import Action, Part, Plan, Settings
 from ckpt_trainer.training_args import settings_of
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"}
@@ -51,6 +53,20 @@ def test_the_switch_of_fsdp_is_read_where_fsdp_is_on(environment, fields, variab
         environment(name, value)
     found = fsdp_mode(fields, None)
     assert (found and found[1:]) == (mode and (mode, True))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_second_switch_of_fsdp_alone_is_told_once(environment, caplog, on):
+    logger = logging.getLogger("ckpt_trainer.distributed")
+    type(logger).warning_once.cache_clear()
+    config = {"activation_checkpointing_offload": True, "activation_checkpointing": on}
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        for _ in range(2):
+            assert (fsdp_mode({"fsdp": True, "fsdp_config": config}, None) is not None) == on
+            fsdp_mode({"fsdp": False, "fsdp_config": {**config, "activation_checkpointing": False}}, None)
+    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    assert len(said) == (not on)
+    assert on or said[0].startswith("No effect without activation_checkpointing of FSDP: fsdp_config[")
 
 
 @dataclass
@@ -114,6 +130,53 @@ def test_unused_parameters_are_decided_where_the_user_did_not(given, reentrant, 
     assert fields == {"ddp_find_unused_parameters": given}
 
 
+PLANS = {kind: Plan({"a": Action("keep"), "b": Action(kind)}) for kind in ("keep", "recompute")}
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_policy", "may"),
+    [
+        ({}, False, True),
+        ({"mode": "none"}, False, False),
+        ({"mode": "none"}, True, True),
+        ({"mode": "none", "modules": (Part("text", "none"),)}, False, False),
+        ({"mode": "none", "modules": (Part("text", "full"),)}, False, True),
+        ({"plan": PLANS["keep"]}, False, False),
+        ({"plan": PLANS["recompute"]}, False, True),
+    ],
+)
+def test_whether_the_reentrant_variant_may_replay(settings, has_policy, may):
+    assert may_replay_reentrant(Settings(use_reentrant=True, **settings), has_policy) == may
+    assert not may_replay_reentrant(Settings(**settings), has_policy)
+
+
+@pytest.mark.parametrize(
+    ("events", "refused_at"),
+    [
+        # A number: a call of that forward is replayed.
+        (["begin", 1, 1, "begin", 2, 2, 2], None),
+        (["begin", "begin", 2, 2, "begin", 3], None),  # the first is dropped
+        (["begin", 1, "begin", "begin", 3, "begin", 4], None),
+        (["begin", "begin", 2, 1], 3),
+        (["begin", "begin", 1, 2], 3),
+        (["begin", "begin", 2, "begin", 3, 1], 5),
+        ([0, 0], None),  # not looked at
+    ],
+)
+def test_two_forwards_of_one_backward_are_told_from_dropped_ones(events, refused_at):
+    turns, found = Turns(), None
+    for place, event in enumerate(events):
+        if event == "begin":
+            turns.begun += 1
+            continue
+        try:
+            turns.replay(event)
+        except ValueError:
+            found = place
+            break
+    assert found == refused_at
+
+
 class Sharded(FullyShardedDataParallel):
     """FSDP1 as far as it goes without an accelerator, on which it insists."""
 
@@ -138,6 +201,16 @@ def test_fsdp_of_version_1_is_warned_of_and_refused_to_reentrant(caplog):
         checkpointing(Sharded(llama()), use_reentrant=True),
     ):
         pass
+
+
+def test_reentrant_that_replays_nothing_is_not_refused():
+    plan = Plan({f"model.layers.{number}": Action("keep") for number in range(2)})
+    for refused in (Sharded(llama(2)), CASES["mixtral"].build()):
+        for flags in ({"mode": "none"}, {"plan": plan}):
+            with checkpointing(refused, use_reentrant=True, **flags) as state:
+                assert not state.plan.is_active
+        with pytest.raises(ValueError, match="use_reentrant"), checkpointing(refused, use_reentrant=True):
+            pass
 
 
 def test_blocks_that_others_recompute_are_refused():

@@ -1,4 +1,4 @@
-"""The benchmarks: what they compute from what they measured, and that a small one runs."""
+"""The examples: what they compute from what they measured, and that small ones run."""
 
 import sys
 from argparse import Namespace
@@ -153,3 +153,17 @@ def test_pairs():
     assert read_pairs(["a=1", "b=text", "c=x=y", "d=[1, 2]"]) == {"a": 1, "b": "text", "c": "x=y", "d": [1, 2]}
     with pytest.raises(SystemExit, match="key=value"):
         read_pairs(["a"])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_qlora(monkeypatch, capsys, bits):
+    """All that it claims holds; else it ends with an error."""
+    import qlora
+
+    for name, value in {"LAYERS": 2, "LENGTH": 32}.items():
+        monkeypatch.setattr(qlora, name, value)
+    monkeypatch.setattr(sys, "argv", ["qlora.py", "--bits", str(bits), "--steps", "2", "--rounds", "1"])
+    qlora.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("yes  ") for line in lines) == 9
+    assert not any(line.startswith("NO") for line in lines)

@@ -7,6 +7,9 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
+from fake_device import FakeStreams
+from safetensors.torch import load_file
 from tiny_models import llama, text_dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
@@ -15,9 +18,12 @@ from ckpt_trainer import (
     CheckpointedTrainer,
     CheckpointTrainingArguments,
     checkpointing,
+    groups,
     prepare_model_for_kbit_training,
+    streams,
 )
-from ckpt_trainer.kbit import kbit_prepared, quantization_of, weight_bytes, without_kept_inputs
+from ckpt_trainer.kbit import following_autocast, kbit_prepared, quantization_of, weight_bytes, without_kept_inputs
+from ckpt_trainer.report import kbit_line
 
 BITS = (4, 8)
 MODES = {
@@ -205,7 +211,7 @@ class TestUpcast:
         before = dtypes(model)
         with kbit_prepared(model) as done:
             assert dtypes(model) == before
-        assert (done.upcast, done.bytes_after) == (0, done.bytes_before)
+        assert (len(done.upcast), done.bytes_after) == (0, done.bytes_before)
 
     @pytest.mark.parametrize("bits", BITS)
     def test_norms(self, folder, bits):
@@ -216,7 +222,7 @@ class TestUpcast:
             assert changed == {name for name in before if "norm" in name}
             assert {dtypes(model)[name] for name in changed} == {torch.float32}
             # 4 layers with two, and the last; 64 weights of 2 bytes more.
-            assert done.upcast == 9
+            assert len(done.upcast) == 9
             assert done.bytes_after - done.bytes_before == 9 * 64 * 2
         assert dtypes(model) == before
         after = bits_of(model)
@@ -312,14 +318,14 @@ class TestUpcast:
         model.model.extra = nn.LayerNorm(64, dtype=torch.bfloat16).requires_grad_(False)
         with kbit_prepared(model, "norms") as done:
             assert model.model.norm.weight.dtype == model.model.extra.weight.dtype == torch.bfloat16
-        assert done.upcast == 8
+        assert len(done.upcast) == 8
 
     def test_kernels_of_others_take_16_bits(self, folder):
         model = base(folder).requires_grad_(False)
         model.quantization_method = "gptq"
         with kbit_prepared(model, "all") as done:
             assert model.lm_head.weight.dtype == torch.bfloat16
-        assert done.upcast == 9
+        assert len(done.upcast) == 9
         assert "gptq" in done.left
 
     def test_sharded_parameters_stay(self, folder):
@@ -327,8 +333,8 @@ class TestUpcast:
         before = dtypes(model)
         with kbit_prepared(model, "norms", is_sharded=True) as done:
             assert dtypes(model) == before
-        assert done.upcast == 0
-        assert "sharded" in done.left
+        assert len(done.upcast) == 0
+        assert "FSDP" in done.left
 
     @pytest.mark.parametrize("upcast", ["norms", "all"])
     def test_undone_after_an_exception(self, folder, upcast):
@@ -345,7 +351,7 @@ class TestUpcast:
         second.weight = first.weight
         with kbit_prepared(model, "norms") as done:
             assert first.weight.dtype == torch.float32
-        assert done.upcast == 8
+        assert len(done.upcast) == 8
         assert first.weight.dtype == torch.bfloat16
 
     def test_twice_is_once(self, folder):
@@ -355,13 +361,13 @@ class TestUpcast:
             with kbit_prepared(model, "norms") as again:
                 pass
             assert dtypes(model) != before
-        assert again.upcast == 0
+        assert len(again.upcast) == 0
         assert dtypes(model) == before
 
     @pytest.mark.parametrize("upcast", ["norms", "all"])
     def test_modes_are_exact_beside_it(self, folder, upcast):
         model = adapted(base(folder))
-        with kbit_prepared(model, upcast):
+        with kbit_prepared(model, upcast), following_autocast(model):
             plain = step(model, autocast=True)
             for name, flags in MODES.items():
                 with checkpointing(model, **flags):
@@ -377,20 +383,21 @@ class TestComputeDtype:
     def test_follows_autocast(self, folder, dtype):
         # In fp32, since autocast to fp16 takes no bf16 on a CPU.
         model = adapted(base(folder, dtype=torch.float32))
-        seen = []
-        with kbit_prepared(model) as done:
+        seen, before = [], hooks(model)
+        with following_autocast(model):
             layer = next(module for module in model.modules() if "compute_dtype" in vars(module))
             layer.register_forward_hook(lambda module, args, output: seen.append(module.compute_dtype))
             model(**batch())
             with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
                 model(**batch())
         assert seen == [torch.float32, dtype or torch.float32]
-        assert done.compute == 4 * 7
+        layer._forward_hooks.clear()
+        assert hooks(model) == before
         assert self.compute(model) == {torch.float32}
 
     def test_what_the_user_chose_stays(self, folder):
         model = adapted(base(folder, bnb_4bit_compute_dtype=torch.bfloat16))
-        with kbit_prepared(model) as done:
+        with kbit_prepared(model) as done, following_autocast(model):
             model(**batch())
             assert self.compute(model) == {torch.bfloat16}
         assert done.compute == 0
@@ -402,7 +409,7 @@ class TestComputeDtype:
         for bias in biases:
             torch.nn.init.normal_(model.get_parameter(bias))
             biases[bias] = model.get_parameter(bias).detach().clone()
-        with kbit_prepared(model):
+        with following_autocast(model):
             step(model, autocast=True)
             assert torch.bfloat16 in {model.get_parameter(name).dtype for name in biases}
         assert len(biases) == 4 * 4
@@ -412,7 +419,7 @@ class TestComputeDtype:
         model = adapted(base(folder))
         for autocast in (False, True):
             plain = step(model, autocast)
-            with kbit_prepared(model):
+            with following_autocast(model):
                 assert equal(step(model, autocast), plain)
 
 
@@ -424,6 +431,14 @@ class TestPrepareModel:
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert (dtypes(model), hooks(model)) == before
         assert not model.is_gradient_checkpointing
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"use_gradient_checkpointing": False}, {"gradient_checkpointing_kwargs": {}}]
+    )
+    def test_says_what_it_does_not_look_at(self, folder, caplog, options):
+        with caplog.at_level("INFO", logger="ckpt_trainer"):
+            prepare_model_for_kbit_training(base(folder), **options)
+        assert len(caplog.records) == len(options)
 
     def test_refuses_to_freeze_adapters(self, folder):
         with pytest.raises(ValueError, match="has adapters"):
@@ -483,7 +498,15 @@ class TestTrainer:
         (line,) = [r.message for r in caplog.records if r.message.startswith("quantised (bitsandbytes, 4 bit)")]
         said = {"none": "none cast", "norms": "9 parameters cast to fp32", "all": "11 parameters cast to fp32"}
         assert said[upcast] in line
-        assert "28 layers left at compute dtype float32 follow mixed precision" in line
+        assert "28 layers set to compute in float32 do so in what autocast has" in line
+
+    def test_what_is_trained_in_16_bits_is_told(self, folder, tmp_path, caplog):
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(base(folder), config)
+        with caplog.at_level("INFO", logger="ckpt_trainer"), kbit_prepared(model, "all") as done:
+            assert model.base_model.model.lm_head.modules_to_save.default.weight.dtype == torch.bfloat16
+        assert done.trained == ("base_model.model.lm_head.modules_to_save.default.weight",)
+        assert kbit_line(done).endswith(f"trained in 16 bits, and not cast: {done.trained[0]}")
 
     def test_after_peft_prepared_it(self, folder, tmp_path, caplog):
         """PEFT's turns checkpointing on and hooks the embeddings; in a step there is one checkpointing and no hook."""
@@ -519,6 +542,30 @@ class TestTrainer:
         train(tmp_path, llama(), checkpointing_kbit_upcast="norms")
         assert any("has no effect, since no weight of" in r.message for r in caplog.records)
 
+    def test_saved_is_what_was_loaded(self, folder, tmp_path):
+        """PEFT saves the embeddings of the base beside the adapter, if it is on them."""
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "embed_tokens"])
+        model = peft.get_peft_model(base(folder), config)
+        seen = []
+        model.register_forward_pre_hook(lambda *_: seen.append(dtypes(model)["base_model.model.lm_head.weight"]))
+        trainer = train(tmp_path, model, checkpointing_kbit_upcast="all", save_strategy="steps", save_steps=2)
+        assert seen == 3 * [torch.float32]  # after it was saved as well
+        trainer.save_model(str(tmp_path / "after"))
+        for saved in ("checkpoint-2", "after"):
+            tensors = load_file(tmp_path / saved / "adapter_model.safetensors")
+            (name,) = [name for name in tensors if "lora" not in name]
+            assert tensors[name].dtype == torch.bfloat16, saved
+
+    def test_compiled_layers_compute_as_they_do_compiled(self, folder, tmp_path):
+        def model():
+            torch._dynamo.reset()
+            return adapted(base(folder))
+
+        flags = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+        plain = train(tmp_path, model(), Trainer, TrainingArguments, **flags)
+        for mode in ("none", "full"):
+            assert losses(train(tmp_path, model(), checkpointing_mode=mode, **flags)) == losses(plain)
+
     def test_model_from_model_init(self, folder, tmp_path):
         trainer = CheckpointedTrainer(
             model_init=lambda: adapted(base(folder)),
@@ -531,8 +578,10 @@ class TestTrainer:
         assert torch.bfloat16 in dtypes(trainer.model).values()
 
     @pytest.mark.parametrize("bits", BITS)
-    def test_adapter_is_saved_and_loaded(self, folder, tmp_path, bits):
-        # Without bf16, under which accelerate leaves its autocast on the model.
+    def test_adapter_is_saved_and_loaded(self, folder, tmp_path, monkeypatch, bits):
+        # Without bf16, under which accelerate leaves its autocast on the model; the bf16 of other tests is remembered.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
         flags = {"checkpointing_mode": "full", "checkpointing_kbit_upcast": "norms", "bf16": False}
         trainer = train(tmp_path, adapted(base(folder, bits)), **flags)
         trainer.save_model(str(tmp_path / "adapter"))
@@ -541,3 +590,18 @@ class TestTrainer:
         with torch.no_grad():
             left, right = (model.eval()(**batch()).logits for model in (trainer.model, loaded))
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("save", ["inputs", "attention", "expensive", "all"])
+def test_offload_moves_tensors_and_stays_exact(folder, monkeypatch, bits, save):
+    model = adapted(base(folder, bits))
+    plain = step(model)
+    fake = FakeStreams("lazy")
+    monkeypatch.setattr(streams, "streams_of", fake.streams_of)
+    monkeypatch.setattr(groups, "MIN_BYTES", 16)
+    with checkpointing(model, mode="offload", offload_save=save) as state:
+        for _ in range(2):
+            assert equal(step(model), plain)
+    assert state.report()["offload"]["copies_out"] > 0
+    assert fake.device_bytes == 0

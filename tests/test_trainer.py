@@ -1,6 +1,7 @@
 """The trainers in place of Hugging Face's: nothing changes but memory, and nothing stays behind."""
 
 import copy
+import dataclasses
 import inspect
 import json
 import warnings
@@ -16,6 +17,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from ckpt_trainer import (
     CheckpointedSeq2SeqTrainer,
     CheckpointedTrainer,
+    CheckpointingArguments,
     CheckpointingMixin,
     CheckpointSeq2SeqTrainingArguments,
     CheckpointTrainingArguments,
@@ -443,16 +445,32 @@ def test_precision_noise_and_smoothing(tmp_path, flags):
     assert_same_training(plain, trained(tmp_path, **flags))
 
 
-def test_trl(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "does"),
+    [
+        ({}, ("recompute", 12)),
+        ({"checkpointing_mode": "selective"}, ("rebuild", 0)),
+        ({"checkpointing_every_n": 2}, ("recompute", 6)),
+        ({"checkpointing_mode": "offload"}, ("recompute", 12)),
+    ],
+    ids=str,
+)
+def test_trl(tmp_path, flags, does):
     trl = pytest.importorskip("trl")
 
     class Sft(CheckpointingMixin, trl.SFTTrainer):
         pass
 
+    @dataclasses.dataclass
+    class Arguments(CheckpointingArguments, trl.SFTConfig):
+        pass
+
     def sft(cls):
         from datasets import Dataset
 
-        args = arguments(tmp_path, trl.SFTConfig, max_length=16, gradient_checkpointing=cls is Sft, bf16=False)
+        # Without flags of ours, also without their class.
+        own = {"cls": Arguments, **flags} if cls is Sft and flags else {"cls": trl.SFTConfig}
+        args = arguments(tmp_path, max_length=16, gradient_checkpointing=cls is Sft, bf16=False, **own)
         data = Dataset.from_dict({"text": ["the cat sat on the mat"] * 8})
         trainer = cls(plain_model(), args, train_dataset=data, processing_class=tokenizer())
         trainer.train()
@@ -460,7 +478,11 @@ def test_trl(tmp_path):
 
     ours = sft(Sft)
     assert_same_training(sft(trl.SFTTrainer), ours)
-    assert ours.memory_report()["recomputed_blocks"] == 12
+    report = ours.memory_report()
+    assert report["recomputed_blocks"] == does[1]
+    assert report["calls"] == {does[0]: does[1] or 12}
+    if flags.get("checkpointing_mode") == "offload":  # without a device it is `full`
+        assert report["offload"]["copies_out"] == 0
 
 
 def test_sequence_to_sequence_with_generation(tmp_path):

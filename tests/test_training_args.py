@@ -38,6 +38,7 @@ FLAGS = {
     "checkpointing_skip_frozen": True,
     "checkpointing_use_reentrant": False,
     "checkpointing_input_grads": "auto",
+    "checkpointing_kbit_upcast": "none",
     "checkpointing_self_check": True,
 }
 HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
@@ -142,6 +143,8 @@ def test_every_flag_becomes_a_setting(make, tmp_path):
         checkpointing_skip_frozen=False,
         checkpointing_use_reentrant=True,
         checkpointing_input_grads="never",
+        checkpointing_compile_budget=0.5,
+        checkpointing_kbit_upcast="norms",
         checkpointing_self_check=False,
     )
     assert args.settings() == expected(
@@ -157,6 +160,8 @@ def test_every_flag_becomes_a_setting(make, tmp_path):
         skip_frozen=False,
         use_reentrant=True,
         input_grads="never",
+        compile_budget=0.5,
+        kbit_upcast="norms",
         self_check=False,
     )
 
@@ -802,11 +807,11 @@ BAD_FLAGS = [
     ("checkpointing_offload_dir", 3, "3 is not the path of a folder. Set it to one that exists."),
     ("checkpointing_offload_dir", "", "'' is not the path of a folder."),
     ("checkpointing_offload_dir", "/no/folder", ": /no/folder does not exist. Make it, or set "),
-    ("checkpointing_compile_budget", 1.5, "1.5 is not a share from 0 to 1. Did you mean 0.015?"),
-    ("checkpointing_compile_budget", 40, "40 is not a share from 0 to 1. Did you mean 0.4?"),
-    ("checkpointing_compile_budget", -1, "-1 is not a share from 0 to 1. Did you mean 0.5?"),
-    ("checkpointing_compile_budget", "0.4", "'0.4' is not a share from 0 to 1. Did you mean 0.4?"),
-    ("checkpointing_compile_budget", True, "True is not a share from 0 to 1. Did you mean 0.5?"),
+    ("checkpointing_compile_budget", 1.5, "1.5 is not a number from 0 to 1. Did you mean 1.0?"),
+    ("checkpointing_compile_budget", 40, "40 is not a number from 0 to 1. Did you mean 0.4?"),
+    ("checkpointing_compile_budget", -1, "-1 is not a number from 0 to 1. Did you mean 0.0?"),
+    ("checkpointing_compile_budget", "0.4", "'0.4' is not a number from 0 to 1. Did you mean 0.4?"),
+    ("checkpointing_compile_budget", True, "True is not a number from 0 to 1. Did you mean 0.5?"),
     ("checkpointing_prefetch", -1, "-1 is not a whole number from 0 up. Did you mean 0?"),
     ("checkpointing_prefetch", -0.6, "-0.6 is not a whole number from 0 up. Did you mean 0?"),
     ("checkpointing_prefetch", 1.5, "1.5 is not a whole number from 0 up. Did you mean 2?"),
@@ -825,6 +830,9 @@ BAD_FLAGS = [
     ("checkpointing_skip_frozen", "yes", "'yes' is not True or False. Did you mean True?"),
     ("checkpointing_skip_frozen", 1, "1 is not True or False. Did you mean True?"),
     ("checkpointing_use_reentrant", None, "None is not True or False. Did you mean False?"),
+    ("checkpointing_kbit_upcast", "norm", "'norm' is not one of none, norms, all. Did you mean 'norms'?"),
+    ("checkpointing_kbit_upcast", True, "True is not one of none, norms, all. Did you mean 'all'?"),
+    ("checkpointing_kbit_upcast", "fp32", "'fp32' is not one of none, norms, all. Did you mean 'all'?"),
     ("checkpointing_self_check", 0, "0 is not True or False. Did you mean False?"),
     ("checkpointing_input_grads", "allways", "'allways' is not one of auto, always, never. Did you mean 'always'?"),
     ("checkpointing_input_grads", "Auto", "'Auto' is not one of auto, always, never. Did you mean 'auto'?"),

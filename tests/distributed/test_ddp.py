@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from trainer_runs import HERE, MODES, NUM_PROCESSES, assert_as_one_process, assert_same, assert_worked, launch
+from trainer_runs import (
+    HERE,
+    MODES,
+    NUM_PROCESSES,
+    QUANTISED,
+    assert_as_one_process,
+    assert_same,
+    assert_worked,
+    launch,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -23,6 +32,14 @@ def named(results):
 def test_every_mode_gives_the_losses_and_gradients_of_the_plain_trainer(named, model, mode):
     assert_same(named(f"{model}, {mode}"), named(f"{model}, plain"))
     assert_worked(named(f"{model}, {mode}"), mode)
+
+
+@pytest.mark.parametrize("mode", QUANTISED)
+def test_weights_of_4_bits(named, mode):
+    assert_same(named(f"qlora, {mode}"), named("qlora, plain"))
+    assert_worked(named(f"qlora, {mode}"), mode)
+    (line,) = [text for text in named(f"qlora, {mode}")[0]["lines"] if text.startswith("quantised")]
+    assert "bitsandbytes, 4 bit" in line
 
 
 @pytest.mark.parametrize("name", ["full, none", "full, full", "lora, full", "flag", "switched on"])
@@ -62,7 +79,19 @@ def test_reentrant_is_refused_where_unused_parameters_must_be_looked_for(named):
         assert found["error"].startswith("ValueError: checkpointing_use_reentrant=True does not work under DDP")
 
 
-@pytest.mark.parametrize("name", ["twice, full, reentrant", "twice, lora, reentrant", "loop of 2, reentrant"])
+def test_reentrant_that_replays_nothing_changes_nothing(named):
+    assert_same(named("unused, none, reentrant"), named("unused, plain"))
+    assert {found["find_unused"] for found in named("unused, none, reentrant")} == {True}
+
+
+def test_reentrant_with_unused_parameters_says_what_helps(named):
+    for found in named("unused, reentrant"):
+        assert found["error"].startswith("RuntimeError: Parameters got no gradient, which checkpointing_use_reentrant")
+
+
+@pytest.mark.parametrize(
+    "name", ["twice, full, reentrant", "twice, lora, reentrant", "loop of 2, reentrant", "one by one, reentrant"]
+)
 def test_reentrant_is_refused_for_two_forwards_before_a_backward(named, name):
     for found in named(name):
         assert found["error"].startswith("ValueError: checkpointing_use_reentrant=True gives wrong gradients under DDP")
@@ -72,6 +101,19 @@ def test_reentrant_in_a_loop_of_ones_own(named):
     assert_same(named("loop of 1, reentrant"), named("loop of 1"))
     assert_same(named("loop of 1, static"), named("loop of 1"))
     assert_same(named("loop of 2, static"), named("loop of 2"))
+
+
+def test_reentrant_is_not_refused_for_a_forward_without_a_backward(named):
+    assert_same(named("last of 2, reentrant"), named("last of 2"))
+
+
+def test_fsdps_own_switch_where_accelerate_runs_ddp_in_its_place(named):
+    assert_same(named("fsdp"), named("full, plain"))
+    assert_worked(named("fsdp"), "full")
+    assert {found["find_unused"] for found in named("fsdp")} == {True}
+    line = "FSDP's activation_checkpointing is taken as checkpointing_mode='full'"
+    for rank, found in enumerate(named("fsdp")):
+        assert sum(text.startswith(line) for text in found["lines"]) == (rank == 0)
 
 
 @pytest.mark.parametrize("model", ["full", "lora"])

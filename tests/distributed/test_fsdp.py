@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer_runs import HERE, MODES, NUM_PROCESSES, assert_as_one_process, assert_same, assert_worked, launch
+from trainer_runs import (
+    HERE,
+    MODES,
+    NUM_PROCESSES,
+    QUANTISED,
+    assert_as_one_process,
+    assert_same,
+    assert_worked,
+    launch,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -23,6 +32,8 @@ def results(tmp_path_factory):
         "fsdp_transformer_layer_cls_to_wrap": "LlamaDecoderLayer",
         "fsdp_state_dict_type": "FULL_STATE_DICT",
         "fsdp_activation_checkpointing": "true",
+        # Else transformers loads quantised weights in the first process only.
+        "fsdp_cpu_ram_efficient_loading": "false",
     }
     given = [f"--{name}={value}" for name, value in flags.items()]
     folder = tmp_path_factory.mktemp("fsdp")
@@ -47,6 +58,26 @@ def test_every_mode_gives_the_losses_and_gradients_of_the_plain_trainer(named, m
     assert found[0]["collectives"].keys() == {"all_gather", "reduce_scatter"}
 
 
+@pytest.mark.parametrize("mode", QUANTISED)
+@pytest.mark.parametrize("model", ["qlora", "qlora, sharded"])
+def test_weights_of_4_bits(named, model, mode):
+    found, plain = named(f"{model}, {mode}"), named(f"{model}, plain")
+    assert_same(found, plain)
+    assert_worked(found, mode)
+    assert [mine["collectives"] for mine in found] == [theirs["collectives"] for theirs in plain]
+    (line,) = [text for text in found[0]["lines"] if text.startswith("quantised")]
+    assert "bitsandbytes, 4 bit" in line
+
+
+@pytest.mark.parametrize("mode", ["full", "expensive"])
+def test_mixed_precision(named, mode):
+    assert_same(named(f"bf16, {mode}"), named("bf16, plain"))
+    assert_worked(named(f"bf16, {mode}"), mode)
+    for found in named(f"bf16, {mode}"):
+        assert found["param_dtypes"] == {torch.bfloat16}
+        assert {loss.dtype for loss in found["losses"]} == {torch.bfloat16}
+
+
 def test_as_one_process_on_the_same_batch(named):
     assert_worked(named("no dropout"), "full")
     assert_as_one_process(named("no dropout"))
@@ -66,6 +97,7 @@ def test_two_forwards_before_a_backward_and_accumulation(named, model, mode):
 def test_reentrant_is_refused(named):
     for found in named("reentrant"):
         assert found["error"].startswith("ValueError: checkpointing_use_reentrant=True does not work under FSDP")
+    assert_same(named("reentrant, none"), named("full, plain"))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,25 @@
 """What `test_ddp.py` starts in two processes."""
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
 from tiny_models import CASES, llama
 from torch.nn.parallel import DistributedDataParallel
-from trainer_runs import MODELS, MODES, Results, lora, prepare_process, run, run_modes, run_resumed, twice
+from trainer_runs import (
+    MODELS,
+    MODES,
+    QUANTISED,
+    Results,
+    fsdp,
+    lora,
+    prepare_process,
+    run,
+    run_modes,
+    run_resumed,
+    twice,
+)
 from transformers import Trainer
 
 from ckpt_trainer import CheckpointedTrainer, checkpointing
@@ -20,7 +33,21 @@ def switched_on():
     return model
 
 
-def own_loop(num_forwards, ddp=None, **flags):
+def sum_of(losses):
+    sum(losses).backward()
+
+
+def one_by_one(losses):
+    for loss in losses:
+        loss.backward()
+
+
+def only_last(losses):
+    """The others are there until now, as after an exception that was caught."""
+    losses[-1].backward()
+
+
+def own_loop(num_forwards, ddp=None, backward=sum_of, **flags):
     """Gradients of three steps of a loop by hand."""
     torch.manual_seed(0)
     model = DistributedDataParallel(lora(llama()), **ddp or {})
@@ -30,9 +57,9 @@ def own_loop(num_forwards, ddp=None, **flags):
     with checkpointing(model, **flags):
         for _ in range(3):
             model.zero_grad()
-            loss = sum(model(**batch).loss for _ in range(num_forwards))
-            loss.backward()
-            found["losses"].append(loss.detach())
+            losses = [model(**batch).loss for _ in range(num_forwards)]
+            backward(losses)
+            found["losses"].append(sum(losses).detach())
             found["gradients"].append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     return found
 
@@ -56,6 +83,10 @@ def main(folder):
         run_modes(results, model)
         results.keep(f"{model}, reentrant", run, MODELS[model](), CheckpointedTrainer, **REENTRANT)
     run_modes(results, "unused")
+    run_modes(results, "qlora", QUANTISED, bf16=True)
+    results.keep("unused, reentrant", run, MODELS["unused"](), CheckpointedTrainer, **REENTRANT)
+    none = {"checkpointing_mode": "none", "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    results.keep("unused, none, reentrant", run, MODELS["unused"](), CheckpointedTrainer, **none)
     results.keep("no dropout", run, MODELS["no dropout"](), CheckpointedTrainer, **MODES["full"])
     results.keep("flag", run, llama(), CheckpointedTrainer, gradient_checkpointing=True)
     results.keep("switched on", run, switched_on(), CheckpointedTrainer)
@@ -69,8 +100,13 @@ def main(folder):
         results.keep(f"loop of {number}", own_loop, number, mode="none")
         results.keep(f"loop of {number}, reentrant", own_loop, number, use_reentrant=True)
         results.keep(f"loop of {number}, static", own_loop, number, static, use_reentrant=True)
+    results.keep("last of 2", own_loop, 2, backward=only_last, mode="none")
+    results.keep("last of 2, reentrant", own_loop, 2, backward=only_last, use_reentrant=True)
+    results.keep("one by one, reentrant", own_loop, 2, backward=one_by_one, use_reentrant=True)
     for model in ("full", "lora"):
         run_resumed(results, f"saved, {model}", model, f"{folder}/{model}")
+    os.environ["FSDP_VERSION"] = "2"  # which transformers 4 does not take from arguments
+    results.keep("fsdp", run, llama(), CheckpointedTrainer, **fsdp(activation_checkpointing=True))
     results.write(folder)
     dist.destroy_process_group()
 

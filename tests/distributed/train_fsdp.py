@@ -8,7 +8,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from tiny_models import llama
-from trainer_runs import MODELS, MODES, Results, prepare_process, run, run_modes, run_resumed, twice
+from trainer_runs import MODELS, MODES, QUANTISED, Results, fsdp, prepare_process, run, run_modes, run_resumed, twice
 from transformers import Trainer, TrainingArguments
 
 from ckpt_trainer import CheckpointedTrainer, CheckpointTrainingArguments
@@ -24,18 +24,13 @@ def allow_cpu():
         initialize(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.fsdp_plugin = fsdp_plugin
+            if self.mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self.mixed_precision)
         # Each time: made again without arguments, it takes what the processes say.
         if getattr(self, "fsdp_plugin", None) is not None:
             self.distributed_type = DistributedType.FSDP
 
     AcceleratorState.__init__ = with_fsdp
-
-
-def fsdp(**config):
-    """FSDP2 by training arguments; transformers 4 has no name for the version, and takes it from the environment."""
-    by_bool = hasattr(TrainingArguments, "_process_fsdp_args")
-    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-    return {"fsdp": True if by_bool else "full_shard auto_wrap", "fsdp_config": {**wrapped, **config}}
 
 
 @dataclass
@@ -73,9 +68,14 @@ def main(folder):
     run_switches(results)
     for model in ("full", "lora"):
         run_modes(results, model, **fsdp())
+    run_modes(results, "qlora", QUANTISED, **fsdp())
+    run_modes(results, "qlora, sharded", QUANTISED, bf16=True, **fsdp())
+    run_modes(results, "bf16", ("full", "expensive"), bf16=True, **fsdp())
     results.keep("no dropout", run, MODELS["no dropout"](), CheckpointedTrainer, **MODES["full"], **fsdp())
     results.keep("environment", run, llama(), CheckpointedTrainer, **MODES["full"])
-    results.keep("reentrant", run, llama(), CheckpointedTrainer, checkpointing_use_reentrant=True, **fsdp())
+    reentrant = {"checkpointing_use_reentrant": True, **fsdp()}
+    results.keep("reentrant", run, llama(), CheckpointedTrainer, **reentrant)
+    results.keep("reentrant, none", run, llama(), CheckpointedTrainer, checkpointing_mode="none", **reentrant)
     for model in ("full", "lora"):
         more = {"wrap": twice, "gradient_accumulation_steps": 2, **fsdp()}
         results.keep(f"twice, {model}, plain", run, MODELS[model](), Trainer, **more)

@@ -17,7 +17,8 @@ import torch.distributed as dist
 import transformers
 from fake_device import FakeStreams
 from tiny_models import llama, text_dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 from ckpt_trainer import CheckpointedTrainer, CheckpointTrainingArguments, groups, streams
 
@@ -25,6 +26,7 @@ HERE = Path(__file__).parent
 NUM_PROCESSES = 2
 NUM_STEPS = 2
 SECONDS_AT_MOST = 300
+BASE = "BASE_MODEL_OF_TESTS"  # the environment variable with the folder of a saved model
 
 # The modes that every launcher is tried with; blocks 1 and 2 of 4 are those of `modules`.
 MODES = {
@@ -37,10 +39,23 @@ MODES = {
     "offload": {"checkpointing_mode": "offload"},
 }
 
+# Those that models with quantised weights are tried with.
+QUANTISED = ("none", "full", "expensive", "offload")
+
 
 def lora(model, dropout=0.1):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=dropout, init_lora_weights=False)
     return peft.get_peft_model(model, config)
+
+
+def qlora(**options):
+    """With adapters on weights of 4 bits."""
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
+    loaded = AutoModelForCausalLM.from_pretrained(os.environ[BASE], quantization_config=config, dtype=torch.bfloat16)
+    # transformers 4 trains with it, on keys that are laid out in another way.
+    loaded.config.use_cache = False
+    torch.manual_seed(0)
+    return lora(loaded)
 
 
 def with_unused(model):
@@ -53,7 +68,17 @@ MODELS = {
     "lora": lambda: lora(llama()),
     "no dropout": lambda: llama(dropout=0.0),
     "unused": lambda: with_unused(llama()),
+    "qlora": qlora,
+    "qlora, sharded": lambda: qlora(bnb_4bit_quant_storage=torch.bfloat16),
+    "bf16": lambda: llama(use_cache=False),
 }
+
+
+def fsdp(**config):
+    """FSDP2 by training arguments; transformers 4 has no name for the version, and takes it from the environment."""
+    by_bool = hasattr(TrainingArguments, "_process_fsdp_args")
+    wrapped = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return {"fsdp": True if by_bool else "full_shard auto_wrap", "fsdp_config": {**wrapped, **config}}
 
 
 def twice(trainer_class):
@@ -144,6 +169,11 @@ def run(model, trainer=Trainer, num_steps=NUM_STEPS, *, made=None, resume=None, 
         "gradients": gradients.seen,
         "collectives": dict(COLLECTIVES),
         "find_unused": getattr(train.model_wrapped, "find_unused_parameters", None),
+        "param_dtypes": {
+            module._get_fsdp_state()._mp_policy.param_dtype
+            for module in train.model_wrapped.modules()
+            if isinstance(module, FSDPModule)
+        },
         "modules": sorted({type(module).__name__ for module in train.model_wrapped.modules()}),
         "report": train.memory_report() if trainer is not Trainer else None,
         "lines": lines.texts,
@@ -158,11 +188,16 @@ class Results:
 
     def keep(self, name, function, *args, **kwargs):
         """Keep what a call returns, or the error that it ends with."""
+        environment = dict(os.environ)
         try:
             self.found[name] = function(*args, **kwargs)
         except Exception as error:
             traceback.print_exc()
             self.found[name] = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            # transformers leaves in it what the arguments say of precision and FSDP.
+            os.environ.clear()
+            os.environ.update(environment)
 
     def write(self, folder):
         torch.save(self.found, Path(folder) / f"{os.environ['RANK']}.pt")
@@ -186,11 +221,11 @@ def prepare_process():
     streams.streams_of = FakeStreams("lazy").streams_of
 
 
-def run_modes(results, model, **flags):
+def run_modes(results, model, modes=tuple(MODES), **flags):
     """The plain trainer first, as `model, plain`; then ours in every mode."""
     results.keep(f"{model}, plain", run, MODELS[model](), **flags)
-    for mode, own in MODES.items():
-        results.keep(f"{model}, {mode}", run, MODELS[model](), CheckpointedTrainer, **own, **flags)
+    for mode in modes:
+        results.keep(f"{model}, {mode}", run, MODELS[model](), CheckpointedTrainer, **MODES[mode], **flags)
 
 
 def run_resumed(results, name, model, folder, trainer=CheckpointedTrainer, **flags):
@@ -206,7 +241,8 @@ def run_resumed(results, name, model, folder, trainer=CheckpointedTrainer, **fla
 def launch(folder, *command):
     """Start the processes; what each of them kept, by its rank."""
     path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
+    llama(hidden_size=64, intermediate_size=128).to(torch.bfloat16).save_pretrained(folder / "base")
+    environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", BASE: str(folder / "base")}
     done = subprocess.run(
         [sys.executable, "-m", *command, str(folder)], env=environment, capture_output=True, text=True
     )
