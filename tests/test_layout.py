@@ -17,19 +17,21 @@ PACKAGE = ROOT / "ckpt_trainer"
 
 FLOOR = {
     "plan": 0, "log": 0, "memory": 0, "block_state": 0, "side_channels": 0, "rebuild_rules": 0, "sites": 0, "arguments": 0,
-    "streams": 0, "extents": 0,
-    "blocks": 1, "flops": 1, "flag_values": 1, "flag_rules": 1, "ops": 1, "segments": 1, "host_memory": 1,
+    "streams": 0, "extents": 0, "drawing": 0,
+    "blocks": 1, "step_costs": 1, "flops": 1, "flag_values": 1, "flag_rules": 1, "ops": 1, "segments": 1, "host_memory": 1,
     "deepspeed_rules": 1,
+    "without_weights": 0, "block_classes": 2, "roofline": 2, "spans": 3, "measured": 4, "fake_costs": 12,
+    "choices": 2, "prices": 3, "exchange": 3, "search": 4, "solver": 5,
     "disk": 2, "compiled": 2, "chosen_ops": 2, "policies": 3, "prepare": 3, "kbit": 3, "gradient_check": 3, "host_store": 3,
     "chunks": 4, "distributed": 4, "handles": 5, "groups": 6, "packed": 6, "runs": 6, "stored_results": 6, "offload": 7,
     "rebuild": 7, "stored_modules": 7,
     "recompute": 8, "install": 9, "first_pass": 9, "training_args": 10, "report": 10, "engine": 11, "trainer": 12,
     "__init__": 13,
 }  # fmt: skip
-DECIDING = {"policies"}
+DECIDING = {"policies", "choices", "prices", "exchange", "search", "solver"}
 DOING = {
     "block_state", "side_channels", "rebuild_rules", "rebuild", "sites", "ops", "chosen_ops", "packed", "runs", "segments",
-    "stored_results", "stored_modules", "compiled", "recompute", "install", "prepare", "kbit", "gradient_check",
+    "stored_results", "stored_modules", "compiled", "drawing", "recompute", "install", "prepare", "kbit", "gradient_check",
     "distributed", "deepspeed_rules", "arguments", "streams", "extents", "host_memory", "host_store", "disk", "chunks",
     "handles", "groups", "offload",
 }  # fmt: skip

@@ -1,0 +1,149 @@
+"""What each block of a model does to memory in one step: the step, cut where blocks begin and end.
+
+`measure_step` runs a forward and a backward and tells, of each block that ran, what was there before it, the most that was
+there in its forward and in its backward, and what ran. It knows nothing of actions or of what the numbers are for.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+from ckpt_trainer.blocks import Block
+from ckpt_trainer.memory import LiveBytes
+from ckpt_trainer.roofline import Work, WorkCounter
+
+# Names of spans that are not of a block, in the order in which they come.
+BEFORE, HEAD, HEAD_BACKWARD, BEFORE_BACKWARD = "before", "head", "head backward", "before backward"
+
+
+@dataclass
+class Span:
+    """A part of a step.
+
+    Args:
+        name: Of its block, or one of those above.
+        backward: Whether it is one of backward.
+        start: Bytes alive when it began.
+        peak: The most in it.
+        grown: Gradients that came into being in it and stay.
+        work: The ops that ran in it.
+    """
+
+    name: str
+    backward: bool
+    start: int
+    peak: int = 0
+    grown: int = 0
+    work: Work = field(default_factory=Counter)
+
+
+class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
+    """Cuts a step into spans.
+
+    Args:
+        live: Counts the bytes.
+        parameters: Those whose gradients are looked for.
+    """
+
+    def __init__(self, live: LiveBytes, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.spans: list[Span] = []
+        self._live = live
+        self._waiting: Span | None = None
+        self._without = [parameter for parameter in parameters if parameter.requires_grad and parameter.grad is None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "prim":
+            return func(*args, **(kwargs or {}))
+        self._begin_waiting()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def begin(self, name: str, backward: bool = False, *, soon: bool = False) -> None:
+        """End a span and begin another; with `soon`, at the next op, when what the caller held until then is gone."""
+        self._begin_waiting()
+        span = Span(name, backward, 0)
+        if soon:
+            self._waiting = span
+        else:
+            self._begin(span)
+
+    def end(self) -> None:
+        """End the last span."""
+        self._begin_waiting()
+        last = self.spans[-1]
+        last.peak, last.work = max(last.start, self._live.peak), self.work
+        if last.backward:
+            new = [parameter.grad for parameter in self._without if parameter.grad is not None]
+            last.grown = sum(grad.untyped_storage().nbytes() for grad in new)
+            self._without = [parameter for parameter in self._without if parameter.grad is None]
+
+    def _begin_waiting(self) -> None:
+        if self._waiting is not None:
+            waiting, self._waiting = self._waiting, None
+            self._begin(waiting)
+
+    def _begin(self, span: Span) -> None:
+        if self.spans:
+            self.end()
+        span.start = self._live.current
+        self._live.reset_peak()
+        self.work = Counter()
+        self.spans.append(span)
+
+
+def measure_step(model: nn.Module, blocks: Sequence[Block], loss_of: Callable[[], Tensor]) -> list[Span]:
+    """Run `loss_of().backward()` and tell its spans in the order in which they ran.
+
+    What runs between two blocks is part of the first of them, in forward; in backward, of the later.
+
+    Args:
+        model: The model; its gradients are followed.
+        blocks: The blocks at which to cut.
+        loss_of: Runs the forward.
+    """
+    with ExitStack() as stack:
+        cutter = _Cutter(stack.enter_context(LiveBytes()), list(model.parameters()))
+        stack.enter_context(cutter)
+        first: list[str] = []
+        for block in blocks:
+            stack.callback(
+                block.module.register_forward_pre_hook(
+                    partial(_enter, cutter, first, block.name), with_kwargs=True
+                ).remove
+            )
+            stack.callback(block.module.register_forward_hook(partial(_leave, cutter, block.name)).remove)
+        cutter.begin(BEFORE)
+        loss = loss_of()
+        cutter.begin(HEAD_BACKWARD, backward=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        cutter.end()
+        del loss
+    return cutter.spans
+
+
+def _enter(cutter: _Cutter, first: list[str], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    cutter.begin(name)
+    if not first:
+        first.append(name)
+        _cut_at_gradient(cutter, (args, kwargs), BEFORE_BACKWARD)
+
+
+def _leave(cutter: _Cutter, name: str, module: nn.Module, args: Any, output: Any) -> None:
+    _cut_at_gradient(cutter, output, name)
+    cutter.begin(HEAD, soon=True)
+
+
+def _cut_at_gradient(cutter: _Cutter, values: Any, name: str) -> None:
+    """Begin a span of backward where the gradient of the first of these tensors is there."""
+    tensors = (leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    tensor = next(tensors, None)
+    if tensor is not None:
+        tensor.register_hook(lambda grad: cutter.begin(name, backward=True))  # type: ignore[no-untyped-call]
