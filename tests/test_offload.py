@@ -352,7 +352,7 @@ def test_a_compiled_model_is_not_reached_and_says_so(device, caplog):
     batch, found = tiny_models.CASES["llama"].batch(), {}
     for mode in ("full", "offload"):
         model = tiny_models.llama(2)
-        compiled = torch.compile(model, backend="eager")
+        compiled = torch.compile(model, backend="aot_eager")
         torch.manual_seed(3)
         with checkpointing(compiled, mode=mode) as state:
             compiled(**batch)["loss"].backward()
