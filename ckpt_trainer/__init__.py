@@ -1,7 +1,8 @@
 """Activation checkpointing for Hugging Face trainers: the same losses and gradients in less memory."""
 
-from ckpt_trainer.engine import checkpointing
+from ckpt_trainer.estimates import estimate
 from ckpt_trainer.kbit import prepare_model_for_kbit_training
+from ckpt_trainer.loop import checkpointing
 from ckpt_trainer.plan import Action, Plan
 from ckpt_trainer.trainer import CheckpointedSeq2SeqTrainer, CheckpointedTrainer, CheckpointingMixin
 from ckpt_trainer.training_args import (
@@ -20,5 +21,6 @@ __all__ = [
     "CheckpointingMixin",
     "Plan",
     "checkpointing",
+    "estimate",
     "prepare_model_for_kbit_training",
 ]

@@ -25,12 +25,21 @@ _PLACE_WORDS = ("idx", "index", "number", "depth")
 def stand_ins(blocks: Sequence[Block]) -> dict[str, str]:
     """Name of each block -> name of the one that is run in its place, or its own."""
     instead = {block.name: block.name for block in blocks}
+    for names in _classes(blocks):
+        instead.update(dict.fromkeys(names[2:-1], names[1] if len(names) > 1 else ""))
+    return instead
+
+
+def kinds_of(blocks: Sequence[Block]) -> dict[str, str]:
+    """Name of each block -> name of the one that tells of its class: the second, which has a neighbour on each side."""
+    return {name: names[min(1, len(names) - 1)] for names in _classes(blocks) for name in names}
+
+
+def _classes(blocks: Sequence[Block]) -> list[list[str]]:
     classes: dict[Any, list[str]] = {}
     for block in blocks:
         classes.setdefault((block.stack, _class_of(block.module)), []).append(block.name)
-    for names in classes.values():
-        instead.update(dict.fromkeys(names[2:-1], names[1] if len(names) > 1 else ""))
-    return instead
+    return list(classes.values())
 
 
 def _class_of(module: nn.Module) -> Any:

@@ -1,6 +1,6 @@
 """Activation checkpointing of one model while it trains: the plan, what carries it out, and each step under it.
 
-`Checkpointing` is what the trainer holds; `checkpointing` is the same for people with a loop of their own.
+`Checkpointing` is what the trainer and `loop` hold.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
-from ckpt_trainer import compiled, report
+from ckpt_trainer import auto_lines, compiled, memory, report
+from ckpt_trainer.auto import Planner
+from ckpt_trainer.batch_plans import BatchPlans
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
+from ckpt_trainer.budgets import budget_bytes
 from ckpt_trainer.compiled import is_compiled
 from ckpt_trainer.deepspeed_rules import deepspeed_notes, refuse_emptied
 from ckpt_trainer.distributed import one_forward_checked, refuse_reentrant_wrapped, refuse_wrapped_blocks, wrapper_notes
 from ckpt_trainer.first_pass import FirstPass
-from ckpt_trainer.install import Installed, offloading_of
-from ckpt_trainer.kbit import Preparation, following_autocast, kbit_prepared, quantization_of, without_kept_inputs
+from ckpt_trainer.install import Installed, Runners, is_sharded, offloading_of
+from ckpt_trainer.kbit import following_autocast, quantization_of, without_kept_inputs
 from ckpt_trainer.log import logger
 from ckpt_trainer.offload import Offloading
-from ckpt_trainer.plan import Plan, Settings
-from ckpt_trainer.policies import BlockPolicy, make_plan
+from ckpt_trainer.plan import Action, Plan, Settings
+from ckpt_trainer.policies import BlockPolicy, free_blocks, make_plan
 from ckpt_trainer.prepare import (
     UseCache,
     input_grads,
@@ -38,8 +41,8 @@ from ckpt_trainer.prepare import (
     without_input_grad_hooks,
 )
 from ckpt_trainer.recompute import Tally
+from ckpt_trainer.roofline import device_of
 from ckpt_trainer.streams import why_not
-from ckpt_trainer.training_args import settings_of_flags
 
 
 class Checkpointing:
@@ -56,6 +59,7 @@ class Checkpointing:
         blocks: The blocks of the model, in forward order.
         plan: Their actions.
         tally: What happened to their calls so far.
+        oom_retries: How often a micro-batch that ran out of memory is to be redone; 0 where no plan could be leaner.
         recomputable_share: FLOPs of one forward of the blocks to be recomputed / FLOPs of one of the model, from the
             first; None until it is measured, and where it is compiled.
 
@@ -80,6 +84,7 @@ class Checkpointing:
         self._concluded = not watches
         self._begun = False
         self._is_left = False
+        self._is_on = False
         self._offloading: Offloading | None = None
         self._use_cache = UseCache(model)
         self._log_from = log_from
@@ -89,6 +94,7 @@ class Checkpointing:
         self._is_quantized = quantization_of(model) is not None
         self._find_input_hooks()
         warnings = list(self._warnings())
+        self._batches: BatchPlans | None = None
         self._carry_out()
         warnings += compiled.warnings(self.plan, settings, self._compiled)
         for warning in [*warnings, *wrapper_notes(model), *deepspeed_notes(model, self.plan)]:
@@ -112,8 +118,11 @@ class Checkpointing:
         refuse_emptied(self.model, self.plan, self.settings)
         compiled.refuse(self.model, self.plan, self.settings, self._compiled)
         self._budget = compiled.budget_of(self.plan, self.settings, self._compiled)
-        carried = self.blocks, self.plan, self.settings, self.tally, self._offloading, self._compiled
-        self._installed = Installed(*carried, self._left_by_compiler)
+        self._runners = Runners(self.blocks, self.settings, self.tally, self._offloading)
+        self._made: dict[tuple[Action, ...], Installed] = {}
+        self._installed = self._install(self.plan)
+        self._batches = self._batch_plans()
+        self.oom_retries = self.settings.oom_retries if self._batches is not None else 0
         if isinstance(self.model, nn.DataParallel) and self.plan.is_active:
             raise ValueError(
                 "nn.DataParallel copies a model to each device for each step, which activation checkpointing of "
@@ -130,6 +139,61 @@ class Checkpointing:
         if why:
             self._say(logging.INFO, report.explain_nowhere(why, self.plan))
 
+    def _install(self, plan: Plan) -> Installed:
+        actions = tuple(plan.actions.values())
+        if actions not in self._made:
+            carried = self.blocks, plan, self.settings, self._runners
+            self._made[actions] = Installed(*carried, self._compiled, self._left_by_compiler)
+        return self._made[actions]
+
+    def _batch_plans(self) -> BatchPlans | None:
+        """What chooses a plan for each micro-batch, in mode `auto`."""
+        free = free_blocks(self.blocks, self.settings, self._policy)
+        if not free:
+            return None
+        why = self._why_not_auto()
+        if why:
+            self._say(logging.INFO, f"auto: all blocks are recomputed as in mode full, since {why}")
+            return None
+        where = report.device_of(self.blocks[0].module)
+        allowed = budget_bytes(self.settings.budget, where, memory.own_bytes(self.model))
+        planner = Planner([block.name for block in self.blocks], self.plan, lambda: allowed)
+        parts = self._runners, device_of(where), self._swap, self._say
+        self._say(logging.INFO, auto_lines.start_line(allowed, self.settings.budget, len(free)))
+        return BatchPlans(self.model, self.blocks, free, planner, *parts)
+
+    def make_leaner(self, attempt: int, retries: int) -> None:
+        """The micro-batch that just failed gets a leaner plan, with the last of the retries the leanest there is."""
+        if self._batches is not None:
+            self._batches.make_leaner(1 - attempt / retries)
+
+    def explain_out_of_memory(self, error: BaseException) -> str:
+        """What the micro-batch that just failed needed, and what would fit."""
+        return self._batches.explain_out_of_memory() if self._batches is not None else ""
+
+    def _why_not_auto(self) -> str:
+        """Why steps of this model cannot be measured; empty where they can."""
+        if not _is_eager(self.model):
+            return "ops of a compiled model are not seen one by one"
+        if isinstance(self.model, nn.DataParallel):
+            return "nn.DataParallel copies the model in each step"
+        devices = {parameter.device for block in self.blocks for parameter in block.module.parameters()}
+        if len(devices) > 1:
+            return f"its blocks are on {len(devices)} devices"
+        if any(is_sharded(module) for block in self.blocks for module in block.module.modules()):
+            return "its weights are sharded"
+        return ""
+
+    def _swap(self, plan: Plan | None) -> None:
+        """Put another plan on the model, within a step; None takes off the one that is on."""
+        if self._is_on:
+            self._installed.__exit__(None, None, None)
+            self._is_on = False
+        if plan is not None:
+            self.plan, self._installed = plan, self._install(plan)
+            self._installed.__enter__()
+            self._is_on = True
+
     @property
     def _moves(self) -> bool:
         return any(action.place != "device" for action in self.plan.actions.values())
@@ -141,7 +205,8 @@ class Checkpointing:
 
     @property
     def _cache_wanted(self) -> bool | None:
-        if self.settings.use_cache is None and self.plan.is_active:
+        # In mode `auto` under every plan alike, since a cache may change the last bits.
+        if self.settings.use_cache is None and (self.plan.is_active or self._batches is not None):
             return False
         return self.settings.use_cache
 
@@ -187,7 +252,10 @@ class Checkpointing:
             first = self._first_pass()
             stack.enter_context(first or nullcontext())
             stack.enter_context(compiled.compiler_set(self._budget, self._compiled))
-            stack.enter_context(self._installed)
+            stack.callback(self._swap, None)
+            self._swap(self.plan)
+            if self._batches is not None:
+                stack.enter_context(self._batches)
             try:
                 yield
             except CheckpointError as error:
@@ -198,6 +266,8 @@ class Checkpointing:
     def _first_pass(self) -> FirstPass | None:
         if self._concluded or not self._planned or not _is_eager(self.model):
             return None
+        if self._batches is not None and not self._batches.planner.is_ready:
+            return None  # a step that is measured is not looked at by two
         return FirstPass(self.model, self._planned, self.tally, self._conclude)
 
     def _conclude(self, first: FirstPass) -> None:
@@ -280,65 +350,3 @@ def _is_eager(model: nn.Module) -> bool:
         "flex" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
         for module in model.modules()
     )
-
-
-@contextmanager
-def quantized_prepared(
-    model: nn.Module, settings: Settings, log_from: int = logging.INFO, is_sharded: bool = False
-) -> Iterator[Preparation | None]:
-    """While entered, a model with quantised weights is ready to train, and it is said what that took.
-
-    Args and what it yields: see `kbit.kbit_prepared`, and `Checkpointing`.
-    """
-    with kbit_prepared(model, settings.kbit_upcast, is_sharded) as done:
-        if done is not None and log_from <= logging.INFO:
-            logger.info(report.kbit_line(done))
-        if done is None and settings.kbit_upcast != "none" and log_from <= logging.WARNING:
-            logger.warning(
-                f"checkpointing_kbit_upcast={settings.kbit_upcast!r} has no effect, since no weight of "
-                f"{type(model).__name__} is quantised."
-            )
-        yield done
-
-
-@contextmanager
-def checkpointing(
-    model: nn.Module, mode: str | None = None, *, policy: BlockPolicy | None = None, **flags: Any
-) -> Iterator[Checkpointing]:
-    """Activation checkpointing for a training loop of your own.
-
-    ```python
-    with checkpointing(model, mode="full"):
-        for batch in batches:
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    ```
-
-    Blocks are recomputed where gradients are on; evaluation and `generate` in between run as they always do, under
-    `torch.no_grad`.
-
-    Args:
-        model: Any module with repeated blocks, wrapped (PEFT, DDP, FSDP) or not.
-        mode: As `checkpointing_mode`; not given: `full`, unless there is a `plan`.
-        policy: A function of a `Block` that returns its `Action`, the text of one (`selective:attention`), or None for
-            what the mode says.
-        flags: The other flags without their prefix: `modules`, `every_n`, `save`, `segment`, `plan` (also a `Plan`),
-            `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `compile_budget`, `skip_frozen`,
-            `use_reentrant`, `input_grads`, `kbit_upcast`, `self_check`; and of torch's checkpoint
-            `preserve_rng_state`, `determinism_check`, `context_fn`, `debug`, `early_stop`.
-
-    Yields:
-        What is in force: its `plan`, and `report()` for what happened under it.
-
-    Raises:
-        ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
-    """
-    mode = "full" if mode is None and flags.get("plan") is None else mode
-    settings = settings_of_flags({"mode": mode, **flags})
-    state = Checkpointing(model, settings, policy=policy)
-    try:
-        with quantized_prepared(model, settings), state.step():
-            yield state
-    finally:
-        state.release()

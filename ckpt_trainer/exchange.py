@@ -7,7 +7,7 @@ import numpy as np
 from ckpt_trainer.choices import Choice, Floats, Table
 
 # How many single changes are tried in pairs, and how many of the promising pairs are looked at closely.
-_PAIRED = 96
+_PAIRED = 64
 _CLOSELY = 12
 _ROUNDING = 1e-12
 
@@ -46,8 +46,7 @@ def _change_two(table: Table, choice: Choice, cost: Floats, least_gain: float) -
     rows = table.rows
     dearer = cost - cost[rows, choice][:, None]
     dearer[rows, choice] = np.inf
-    changes = np.argsort(np.abs(dearer), axis=None, kind="stable")[:_PAIRED]
-    row, option = np.unravel_index(changes[np.isfinite(dearer.ravel()[changes])], dearer.shape)
+    row, option = _least(np.abs(dearer), _PAIRED)
     stored, host, link, seconds = (
         field[row, option] - field[row, choice[row]] for field in (table.stored, table.host, table.link, table.seconds)
     )
@@ -56,14 +55,27 @@ def _change_two(table: Table, choice: Choice, cost: Floats, least_gain: float) -
     fits = (stored[:, None] + stored <= table.slack(choice)[-1]) & (host[:, None] + host <= there)
     fits &= row[:, None] < row
     first, second = np.nonzero(fits & (time < -least_gain))
-    for pair in np.argsort(time[first, second], kind="stable")[:_CLOSELY]:
-        changed = choice.copy()
-        for change in (first[pair], second[pair]):
-            changed[row[change]] = option[change]
-        if table.fits(changed):
-            choice[:] = changed
-            return True
-    return False
+    pairs = np.argsort(time[first, second], kind="stable")[:_CLOSELY]
+    if not len(pairs):
+        return False
+    changed = np.tile(choice, (len(pairs), 1))
+    for change in (first[pairs], second[pairs]):
+        changed[np.arange(len(pairs)), row[change]] = option[change]
+    found = np.flatnonzero(table.slack(changed).min(axis=1) >= 0)
+    if len(found):
+        choice[:] = changed[found[0]]
+    return bool(len(found))
+
+
+def _least(values: Floats, number: int) -> tuple[Choice, Choice]:
+    """Where the least values are, in ascending order; no more than there are finite ones."""
+    flat = values.ravel()
+    # The value, not the place, is what a partition gives alike on every machine.
+    highest = np.partition(flat, number)[number] if len(flat) > number else np.inf
+    candidates = np.flatnonzero((flat <= highest) & np.isfinite(flat))
+    order = candidates[np.argsort(flat[candidates], kind="stable")[:number]]
+    row, column = np.unravel_index(order, values.shape)
+    return row, column
 
 
 def repair(table: Table, choice: Choice, cost: Floats) -> Choice | None:

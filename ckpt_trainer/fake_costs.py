@@ -216,6 +216,7 @@ def _costs(
         gradients_are_there=conditions.gradients_are_there,
         host_budget_bytes=conditions.host_budget_bytes,
         link_bytes_per_second=device.link_bytes_per_second if device is not None and conditions.host else 0.0,
+        other_seconds=keep.other_seconds,
     )
 
 

@@ -37,11 +37,17 @@ def refuse_combinations(settings: Settings, kwargs: str) -> None:
         )
 
 
+def says_full(settings: Settings) -> bool:
+    """Whether flags of mode `full` are set: with them and without a mode, that mode is meant."""
+    own = settings.every_n != 1 or settings.segment != 1 or bool(settings.checkpoint_options.get("context_fn"))
+    return settings.mode == "auto" and (own or settings.use_reentrant)
+
+
 def _who_says_selective(settings: Settings) -> str | None:
     if settings.plan is not None:
         return "a selective block in checkpointing_plan" if settings.plan.count("selective") else None
-    if settings.mode == "selective":
-        return "checkpointing_mode='selective'"
+    if settings.mode in ("selective", "auto"):
+        return f"checkpointing_mode={settings.mode!r}"
     if settings.mode == "offload" and settings.offload_save in TIERS:
         return f"checkpointing_offload_save={settings.offload_save!r}"
     for part in settings.modules:
@@ -54,7 +60,8 @@ def _who_says_selective(settings: Settings) -> str | None:
 def _action(part: Part, settings: Settings) -> Action:
     if part.mode == "offload":
         return offload_action(part.offload_save, settings.offload_place)
-    return {"none": KEEP, "selective": Action("selective", save=part.save), "full": RECOMPUTE}[part.mode]
+    by_mode = {"none": KEEP, "selective": Action("selective", save=part.save), "full": RECOMPUTE, "auto": RECOMPUTE}
+    return by_mode[part.mode]
 
 
 def without_effect(settings: Settings, said: Collection[str], kwargs: str) -> list[str]:
@@ -69,13 +76,17 @@ def without_effect(settings: Settings, said: Collection[str], kwargs: str) -> li
         actions = [_action(part, settings) for part in parts]
     else:
         parts, actions = [], list(settings.plan.actions.values())
-    idle = []
+    modes = {part.mode for part in parts}
+    idle = [f"{flag} (of mode 'auto')" for flag in _OF_AUTO if flag in said and "auto" not in modes]
     if all(action.does_nothing for action in actions):
         every = ("checkpointing_every_n", "checkpointing_modules")
         idle += [name for name in (kwargs, *every) if name and name in (kwargs, *said)]
+    elif "checkpointing_every_n" in said and modes and modes <= {"auto", "none"}:
+        idle.append("checkpointing_every_n (of modes that are not 'auto')")
     if "checkpointing_save" in said and not any(p.mode == "selective" and p.save == settings.save for p in parts):
         idle.append("checkpointing_save (of mode 'selective')")
-    if "checkpointing_segment" in said and "recompute" not in {action.kind for action in actions}:
+    recomputed = {action.kind for action in actions} if modes != {"auto"} else set()
+    if "checkpointing_segment" in said and "recompute" not in recomputed:
         idle.append("checkpointing_segment (of mode 'full', or 'offload' with inputs)")
     elif "checkpointing_segment" in said and settings.every_n != 1 and settings.plan is None:
         idle.append("checkpointing_segment (with every_n there are no recomputed blocks in a row)")
@@ -85,6 +96,8 @@ def without_effect(settings: Settings, said: Collection[str], kwargs: str) -> li
 def _without_effect_on_offload(
     settings: Settings, said: Collection[str], parts: Collection[Part], places: Collection[str]
 ) -> list[str]:
+    if any(part.mode == "auto" for part in parts):  # what it moves, and whether, it decides itself
+        return [f"{flag} (of mode 'offload')" for flag in ("checkpointing_offload_save",) if flag in said]
     if not set(places) - {"device"}:
         return [f"{flag} (of mode 'offload', or a policy's)" for flag in _OF_OFFLOAD if flag in said]
     idle = {
@@ -97,6 +110,8 @@ def _without_effect_on_offload(
     }
     return [text for text, is_idle in idle.items() if is_idle and text.partition(" ")[0] in said]
 
+
+_OF_AUTO = ("checkpointing_budget", "checkpointing_oom_retries")
 
 _OF_OFFLOAD = (
     "checkpointing_offload_save",

@@ -23,10 +23,8 @@ from ckpt_trainer.plan import (
     MODES,
     OFFLOAD_SAVES,
     OFFLOAD_TARGETS,
-    PLANNED_MODES,
     Part,
     Plan,
-    Settings,
 )
 
 Check = Callable[[str, Any], None]
@@ -37,8 +35,6 @@ def check_mode(name: str, value: Any) -> None:
     if isinstance(value, str) and value in MODES:
         return
     valid = ", ".join(sorted(MODES))
-    if isinstance(value, str) and value in PLANNED_MODES:
-        raise ValueError(f"{name}={value!r} is not in this version; the modes of this version are {valid}.")
     if isinstance(value, bool):  # YAML reads on, off, yes and no as these.
         raise invalid(name, value, f"one of {valid}", "full" if value else "none")
     mode, colon, save = value.partition(":") if isinstance(value, str) else ("", "", "")
@@ -46,9 +42,6 @@ def check_mode(name: str, value: Any) -> None:
         raise ValueError(
             f"{name}={value!r} is not one of {valid}. Set it to {mode!r}, {_SAVE_FLAGS[mode]} to {save!r}."
         )
-    planned = difflib.get_close_matches(_plain(value), [*MODES, *PLANNED_MODES], n=1)
-    if planned and planned[0] in PLANNED_MODES:
-        raise ValueError(f"{name}={value!r} is not one of {valid}, and {planned[0]!r} is not in this version.")
     raise invalid(name, value, f"one of {valid}", nearest(value, MODES))
 
 
@@ -179,13 +172,13 @@ def read_folder(name: str, value: Any) -> str | None:
     return str(path)
 
 
-def read_budget(name: str, value: Any) -> float | int:
+def read_budget(name: str, value: Any, default: float | int) -> float | int:
     """A share as a float, bytes as an int: from itself, from its text, from a size in text; None is the default.
 
     1 is the share, not a byte. Other numbers without a unit are bytes from `_LEAST_BARE` up, so that 64 is not taken
     for 64 bytes where 64 GiB were meant.
     """
-    found = Settings.host_budget if value is None else _number(value)
+    found = default if value is None else _number(value)
     if isinstance(found, (int, float)) and not isinstance(found, bool):
         if found == 1 or (isinstance(found, float) and 0 < found < 1):
             return float(found)
@@ -197,7 +190,7 @@ def read_budget(name: str, value: Any) -> float | int:
         except ValueError:
             pass  # said below, with shares among what is valid
     wanted = "a share of memory, above 0 and at most 1, or a size such as '64GiB'"
-    raise invalid(name, value, wanted, _nearest_budget(found))
+    raise invalid(name, value, wanted, _nearest_budget(found, default))
 
 
 _LEAST_BARE = 4096
@@ -213,11 +206,11 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _nearest_budget(found: Any) -> float | str:
+def _nearest_budget(found: Any, default: float | int) -> float | str:
     match = re.match(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([%kmgt]?)", str(found), re.IGNORECASE)
     if match is None or match[2] == "%":
         share = float(match[1]) / 100 if match else 0.0
-        return share if 0 < share <= 1 else "0B" if str(found).strip().startswith("-") else Settings.host_budget
+        return share if 0 < share <= 1 else "0B" if str(found).strip().startswith("-") else default
     if float(match[1]) == 0:
         return "0B"
     unit = f"{match[2].upper()}iB" if match[2] else "GiB" if float(match[1]) < _LEAST_BARE else "B"
@@ -286,6 +279,7 @@ FLAG_CHECKS: Mapping[str, Check] = {
         *OFFLOAD_TARGETS, cpu="host", ram="host", pinned="host", nvme="disk", ssd="disk"
     ),
     "checkpointing_prefetch": lambda name, value: check_count(name, value, least=0),
+    "checkpointing_oom_retries": lambda name, value: check_count(name, value, least=0),
     "checkpointing_compile_budget": check_share,
     "checkpointing_skip_frozen": check_bool,
     "checkpointing_use_reentrant": check_bool,

@@ -8,7 +8,7 @@ those of FSDP included, stay outside of what is replayed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MethodType, TracebackType
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ckpt_trainer.block_state import BlockState
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.compiled import NOT_COMPILED, Compiled, told
+from ckpt_trainer.compiled import MARKED, NOT_COMPILED, Compiled, Told, told
 from ckpt_trainer.host_memory import available_bytes, host_cap
 from ckpt_trainer.log import logger
 from ckpt_trainer.memory import format_bytes
@@ -33,6 +33,75 @@ from ckpt_trainer.stored_modules import StoredModules
 from ckpt_trainer.stored_results import StoredResults
 
 
+Run = Rebuildable | Replayable | Movable
+
+
+class Runners:
+    """What carries out each action on each block: made when it is first asked for, and shared by all plans of a model.
+
+    Args:
+        blocks: The blocks of the model.
+        settings: How to carry plans out.
+        tally: Where calls and replays are counted.
+        offloading: Moves what is stored of blocks whose place is not the device; needed where there are such.
+
+    Attributes:
+        rebuilding: What blocks that store what is expensive rebuild.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], settings: Settings, tally: Tally, offloading: Offloading | None = None
+    ) -> None:
+        modules = [module for block in blocks for module in block.module.modules()]
+        self.rebuilding = Rebuilding(modules, from_parameters=not any(map(is_sharded, modules)))
+        self.offloading = offloading
+        self._first_of_stack = {block.stack: block.name for block in reversed(blocks)}
+        self._settings, self._tally = settings, tally
+        self._selections: dict[tuple[str, tuple[str, ...]], Selection] = {}
+        self._replayables: dict[str, Replayable] = {}
+
+    def selection(self, block: Block, action: Action) -> Selection | None:
+        """What of a block is stored besides its inputs; None where an action does not choose."""
+        if action.kind != "selective" or action.save == EXPENSIVE:
+            return None
+        key = block.name, action.save
+        if key not in self._selections:
+            self._selections[key] = Selection(block, action.save)
+        return self._selections[key]
+
+    def share_lessons(self, names: Sequence[str], blocks: Mapping[str, Block], action: Action) -> None:
+        """What the first of some equal blocks learns of the results that no replay asks for holds for all of them."""
+        selections = [self.selection(blocks[name], action) for name in names]
+        for selection in selections[1:]:
+            if selection is not None and selections[0] is not None:
+                selection.learn_with(selections[0])
+
+    def run_of(self, block: Block, action: Action, segments: Segments | None = None, told: Told = MARKED) -> Run | None:
+        """What runs a block in place of its forward; None where an action does nothing."""
+        if action.does_nothing:
+            return None
+        parameters, elsewhere = tuple(block.module.parameters()), _elsewhere(block, action, self.offloading)
+        if action.kind == "keep":
+            assert elsewhere is not None
+            return Movable(parameters, elsewhere, self._tally)
+        if action.save == EXPENSIVE:
+            return Rebuildable(parameters, self.rebuilding, self._tally, elsewhere, told)
+        selection = self.selection(block, action)
+        return replace(
+            self._replayable(block),
+            storing=selection.storing if selection is not None else (),
+            segments=segments if action.kind == "recompute" else None,
+            elsewhere=elsewhere,
+            told=told,
+        )
+
+    def _replayable(self, block: Block) -> Replayable:
+        # One for all actions: what it has seen of a block's random numbers and buffers holds under each.
+        if block.name not in self._replayables:
+            self._replayables[block.name] = _replayable(block, self._settings, self._first_of_stack, self._tally)
+        return self._replayables[block.name]
+
+
 class Installed:
     """A plan in force on a model between enter and exit; may be entered again and again.
 
@@ -40,8 +109,7 @@ class Installed:
         blocks: The blocks of the model.
         plan: An action for each of them.
         settings: How to carry the plan out.
-        tally: Where calls and replays are counted.
-        offloading: Moves what is stored of blocks whose place is not the device; needed where there are such.
+        runners: What carries out its actions.
         compiled: What of the model is compiled.
         left: Called with the name of a block that should be compiled and runs without.
 
@@ -55,42 +123,20 @@ class Installed:
         blocks: Sequence[Block],
         plan: Plan,
         settings: Settings,
-        tally: Tally,
-        offloading: Offloading | None = None,
+        runners: Runners,
         compiled: Compiled = NOT_COMPILED,
         left: Callable[[str], None] = lambda name: None,
     ) -> None:
-        modules = [module for block in blocks for module in block.module.modules()]
-        self.rebuilding = Rebuilding(modules, from_parameters=not any(map(_is_sharded, modules)))
-        self.stored = {
-            block.name: Selection(block, plan[block.name].save)
-            for block in blocks
-            if plan[block.name].kind == "selective" and plan[block.name].save != EXPENSIVE
-        }
-        first_of_stack = {block.stack: block.name for block in reversed(blocks)}
+        self.rebuilding = runners.rebuilding
+        chosen = {block.name: runners.selection(block, plan[block.name]) for block in blocks}
+        self.stored = {name: selection for name, selection in chosen.items() if selection is not None}
         segments = _segments(blocks, plan, settings)
         tell = partial(told, plan, settings, compiled, left)
-        self._offloading, self._forwards = offloading, list[_Forward]()
+        self._offloading, self._forwards = runners.offloading, list[_Forward]()
         for block in blocks:
-            run: Rebuildable | Replayable | Movable
-            action, parameters = plan[block.name], tuple(block.module.parameters())
-            elsewhere = _elsewhere(block, action, offloading)
-            if action.does_nothing:
-                continue
-            if action.kind == "keep":
-                assert elsewhere is not None
-                run = Movable(parameters, elsewhere, tally)
-            elif action.save == EXPENSIVE:
-                run = Rebuildable(parameters, self.rebuilding, tally, elsewhere, tell(block.name))
-            else:
-                run = replace(
-                    _replayable(block, settings, first_of_stack, tally),
-                    storing=self.stored[block.name].storing if block.name in self.stored else (),
-                    segments=segments.get(block.stack) if action.kind == "recompute" else None,
-                    elsewhere=elsewhere,
-                    told=tell(block.name),
-                )
-            self._forwards.append(_Forward(block.module, run))
+            run = runners.run_of(block, plan[block.name], segments.get(block.stack), tell(block.name))
+            if run is not None:
+                self._forwards.append(_Forward(block.module, run))
 
     def unmatched(self) -> list[str]:
         """Names of ops and modules to be stored that meant nothing, in the blocks that ran."""
@@ -141,7 +187,7 @@ def _elsewhere(block: Block, action: Action, offloading: Offloading | None) -> E
 EXPENSIVE = ("expensive",)
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether parameters of a module are whole only while it runs: under FSDP2 and DeepSpeed ZeRO-3."""
     return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in module.parameters(recurse=False))
 
@@ -165,6 +211,11 @@ class Selection:
     def storing(self) -> tuple[StoredModules | StoredResults, ...]:
         modules = (self.modules,) if self.modules.chosen else ()
         return (*modules, self.ops) if self.ops is not None else modules
+
+    def learn_with(self, other: Selection) -> None:
+        """Share what is learnt from replays with an equal block."""
+        if self.ops is not None and other.ops is not None:
+            self.ops.learn_with(other.ops)
 
     @property
     def has_run(self) -> bool:

@@ -40,6 +40,9 @@ class StepBytes:
 
     Args:
         blocks: By name, in the order in which they ran.
+        other_seconds: Of what is no block, forward and backward.
+        start: Bytes that were there when it began.
+        peak: The most bytes in it, these included.
     """
 
     blocks: Mapping[str, BlockBytes]
@@ -49,6 +52,9 @@ class StepBytes:
     head_gradients: int
     before_backward: int
     before_gradients: int
+    start: int = 0
+    peak: int = 0
+    other_seconds: float = 0.0
 
 
 def read_spans(spans: Sequence[Span], gradients: Mapping[str, int], device: Device | None = None) -> StepBytes:
@@ -87,6 +93,9 @@ def read_spans(spans: Sequence[Span], gradients: Mapping[str, int], device: Devi
         head_gradients=gradients[HEAD_BACKWARD],
         before_backward=_peak(backward.get(BEFORE_BACKWARD, ()), last) - last,
         before_gradients=gradients.get(BEFORE_BACKWARD, 0),
+        other_seconds=_seconds((span for span in spans if span.name not in blocks), device),
+        start=levels[BEFORE],
+        peak=max(span.peak for span in spans),
     )
 
 

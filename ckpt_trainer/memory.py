@@ -71,9 +71,15 @@ def _is_counted(device: torch.device | str) -> bool:
     return is_accelerator and hasattr(torch.get_device_module(kind), "max_memory_allocated")
 
 
+# The peaks of devices from before `AllocatorBytes` let their allocators count anew.
+_BEFORE: dict[torch.device, int] = {}
+
+
 def peak_bytes(device: torch.device | str) -> int | None:
     """Most bytes in tensors on the device at once, since `reset_peak`; None where no allocator counts them (cpu)."""
-    return torch.accelerator.max_memory_allocated(device) if _is_counted(device) else None
+    if not _is_counted(device):
+        return None
+    return max(torch.accelerator.max_memory_allocated(device), _BEFORE.get(torch.device(device), 0))
 
 
 def current_bytes(device: torch.device | str) -> int | None:
@@ -84,7 +90,56 @@ def current_bytes(device: torch.device | str) -> int | None:
 def reset_peak(device: torch.device | str) -> None:
     """Let `peak_bytes` start again from what is in use now; nothing happens where no allocator counts."""
     if _is_counted(device):
+        _BEFORE.pop(torch.device(device), None)
         torch.accelerator.reset_peak_memory_stats(device)
+
+
+def device_bytes(device: torch.device | str) -> tuple[int, int] | None:
+    """(free, all) bytes of a device as its driver tells, other processes included; None where none does (cpu)."""
+    if not _is_counted(device):
+        return None
+    module = torch.get_device_module(torch.device(device).type)
+    ask = getattr(module, "mem_get_info", None) or getattr(torch.accelerator, "get_memory_info", None)
+    return ask(device) if ask is not None else None
+
+
+def reserved_bytes(device: torch.device | str) -> int:
+    """Bytes that the allocator of a device has taken from it, in use or not; 0 where none counts them (cpu)."""
+    return torch.accelerator.memory_reserved(device) if _is_counted(device) else 0
+
+
+class AllocatorBytes:
+    """What a device's allocator counts, read as `LiveBytes` is: bytes in tensors now, and their peak since a reset."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    @property
+    def current(self) -> int:
+        """Bytes in tensors now."""
+        return torch.accelerator.memory_allocated(self._device)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once since `reset_peak`."""
+        return torch.accelerator.max_memory_allocated(self._device)
+
+    def reset_peak(self) -> None:
+        """Let `peak` start again from what is in use now; `peak_bytes` goes on from what it was."""
+        _BEFORE[self._device] = max(_BEFORE.get(self._device, 0), self.peak)
+        torch.accelerator.reset_peak_memory_stats(self._device)
+
+    def __enter__(self) -> AllocatorBytes:
+        self.reset_peak()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def meter_of(device: torch.device, *baseline: nn.Module | Tensor) -> LiveBytes | AllocatorBytes:
+    """What counts the bytes of a device: its allocator, or `LiveBytes` where none does. `baseline`: there already."""
+    return AllocatorBytes(device) if _is_counted(device) else LiveBytes(*baseline)
 
 
 def host_bytes() -> int | None:
@@ -114,6 +169,13 @@ def _ask_psutil(field: str) -> int | None:
 def _tensors(owners: Iterable[nn.Module | Tensor]) -> Iterator[Tensor]:
     for owner in owners:
         yield from (owner,) if isinstance(owner, Tensor) else (*owner.parameters(), *owner.buffers())
+
+
+def own_bytes(*owners: nn.Module | Tensor) -> int:
+    """Bytes of the distinct storages of parameters, buffers and gradients."""
+    tensors = list(_tensors(owners))
+    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
+    return sum({s._cdata: s.nbytes() for tensor in tensors for s in storages_of(tensor)}.values())
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:

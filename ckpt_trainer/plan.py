@@ -16,8 +16,7 @@ from typing import Any
 KINDS = ("keep", "selective", "recompute")
 # Where the tensors are that a block stores between its forward and its backward.
 PLACES = ("device", "host", "disk")
-MODES = ("none", "selective", "full", "offload")
-PLANNED_MODES = ("auto",)
+MODES = ("none", "selective", "full", "offload", "auto")
 INPUT_GRADS = ("auto", "always", "never")
 # What of a model with quantised weights is cast to fp32 while it trains.
 KBIT_UPCASTS = ("none", "norms", "all")
@@ -188,6 +187,8 @@ class Settings:
         offload_dir: An existing folder, as an absolute path, for actions whose place is `disk`.
         host_budget: How much host memory offload may take: a share of what is available (float), or bytes (int).
         prefetch: How many blocks ahead of backward are brought back to the device.
+        budget: Mode `auto`: memory of the device that a step may use: a share of all of it (float), or bytes (int).
+        oom_retries: Mode `auto`: how often a micro-batch that ran out of memory is redone.
         compile_budget: Share of what the compiler would store that it may, for compiled blocks in mode `selective`.
             None: no budget, ops are marked.
         skip_frozen: Frozen blocks below the first trainable parameter run without graph, recompute or backward.
@@ -213,6 +214,8 @@ class Settings:
     offload_dir: str | None = None
     host_budget: float | int = 0.8
     prefetch: int = 1
+    budget: float | int = 0.9
+    oom_retries: int = 3
     compile_budget: float | None = None
     skip_frozen: bool = True
     use_reentrant: bool = False

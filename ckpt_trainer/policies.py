@@ -45,11 +45,25 @@ def offload_all(blocks: Sequence[Block], settings: Settings) -> Plan:
     return _every_n(blocks, settings.every_n, offload_action(settings.offload_save, settings.offload_place))
 
 
+def leanest(blocks: Sequence[Block], settings: Settings) -> Plan:
+    """Mode `auto` where nothing is known yet: every block is recomputed. What is chosen later is for `auto`."""
+    return Plan({block.name: RECOMPUTE for block in blocks})
+
+
+def free_blocks(blocks: Sequence[Block], settings: Settings, policy: BlockPolicy | None = None) -> set[str]:
+    """Names of the blocks whose action is for mode `auto` to choose: no other mode, plan or policy gives them one."""
+    if settings.plan is not None:
+        return set()
+    parts = _parts_by_block(blocks, settings, Part("*", settings.mode))
+    return {block.name for block in blocks if parts[block.name].mode == "auto" and not (policy and policy(block))}
+
+
 POLICIES: dict[str, Policy] = {
     "none": keep_all,
     "selective": select_all,
     "full": recompute_all,
     "offload": offload_all,
+    "auto": leanest,
 }
 
 

@@ -88,17 +88,23 @@ class Prices:
         if time < self.best_time:
             self.choice, self.best_time = choice, time
 
-    def rounded(self) -> Choice:
-        """For each block in turn the option that costs little and stays close to `middle`."""
+    def rounded(self, near: float = 1.0) -> Choice:
+        """For each block in turn the option that costs little and stays close to `middle`.
+
+        Args:
+            near: How much it matters to stay close, as a share of the price of what is away.
+        """
         table, cost = self.table, self.cost()
         dearer = cost - cost.min(axis=1)[:, None]
-        steps = np.stack((table.stored, table.host, table.link), axis=2)
-        later = np.cumsum(self.device[::-1])[::-1]
-        held, choice = np.zeros(3), np.zeros(len(cost), dtype=np.intp)
+        later = np.cumsum(self.device[::-1])[::-1][1:]
+        price = near * np.stack((later, np.full(len(later), self.host), np.full(len(later), self.link)))
+        steps = np.stack((table.stored, table.host, table.link)) * price[:, :, None]
+        middle = np.diff(self.middle, axis=1) * price
+        away, choice = np.zeros((3, 1)), np.zeros(len(cost), dtype=np.intp)
         for row in range(len(cost)):
-            away = np.abs(steps[row] + (held - self.middle[:, row + 1])) @ (later[row + 1], self.host, self.link)
-            choice[row] = option = (dearer[row] + away).argmin()
-            held += steps[row, option]
+            ahead = steps[:, row] + (away - middle[:, row, None])
+            choice[row] = option = (dearer[row] + np.abs(ahead).sum(axis=0)).argmin()
+            away = ahead[:, option, None]
         return choice
 
     def restore(self) -> None:
@@ -125,9 +131,18 @@ class _Scarce:
         # What waits for the link costs its own time, for each direction, and no more.
         self.highest = np.append(self.highest, there if which <= _FIRST else _HIGHEST * worth)
 
+    def ahead(self, before: Floats) -> Floats:
+        """The prices after the next sharpening, as far as they go on as they went: in proportion to the smoothing."""
+        ahead = self.worth + _SHARPER * (self.worth - before)
+        return np.clip(ahead, 0.1 * self.worth, 0.5 * (self.worth + self.highest))
 
-def find_prices(table: Table) -> Prices:
-    """Prices whose bound is high, and the best choice seen while they were found."""
+
+def find_prices(table: Table, known: float = np.inf) -> Prices:
+    """Prices whose bound is high, and the best choice seen while they were found.
+
+    Args:
+        known: A bound that is this high is high enough: nothing below it beats what is known from elsewhere.
+    """
     prices = Prices(table, np.zeros(len(table.limits)))
     prices.choose()
     there = np.isfinite(table.seconds)
@@ -136,21 +151,36 @@ def find_prices(table: Table) -> Prices:
     scarce = _Scarce([], np.zeros((0, *table.seconds.shape)), np.zeros(0), np.zeros(0))
     for which in _scarce_at_first(table):
         scarce.add(table, which, smooth * len(table.seconds) / 4)
+    before = scarce.worth
     for _ in range(_STAGES):
+        at = _smoothed(table, scarce, scarce.ahead(before), smooth)
+        before = scarce.worth
         for _ in range(_STEPS):
-            if _newton_step(table, scarce, smooth) < 0.1 * smooth:
+            at, gain = _newton_step(table, scarce, smooth, at)
+            if gain < 0.1 * smooth:
                 break
+        scarce.worth = at.worth
         _set(prices, scarce)
-        choice = prices.choose()
-        missing = int(np.argmin(table.slack(choice)))
-        if missing not in scarce.which and table.slack(choice)[missing] < 0:
+        prices.choose()
+        slack = _slack(table, at.weights)
+        missing = int(slack.argmin())
+        if missing not in scarce.which and slack[missing] < 0:
             scarce.add(table, missing, smooth)
+            before = scarce.worth
         smooth *= _SHARPER
-    weights = _smoothed(table, scarce, scarce.worth, smooth / _SHARPER)[1]
-    means = [(field * weights).sum(axis=1) for field in (table.stored, table.host, table.link)]
+        if prices.bound >= known:
+            break
+    means = [(field * at.weights).sum(axis=1) for field in (table.stored, table.host, table.link)]
     prices.middle = np.concatenate((np.zeros((3, 1)), np.cumsum(means, axis=1)), axis=1)
     prices.restore()
     return prices
+
+
+def _slack(table: Table, weights: Floats) -> Floats:
+    """Bytes that are free in each block and at the end of forward where blocks are divided."""
+    held = np.concatenate(([0.0], np.cumsum((table.stored * weights).sum(axis=1))))
+    held[:-1] += (table.needed * weights).sum(axis=1)
+    return np.asarray(table.limits - held)
 
 
 def _scarce_at_first(table: Table) -> list[int]:
@@ -170,34 +200,43 @@ def _uses(table: Table, which: int) -> tuple[Floats, float]:
     return table.uses(which), max(float(table.limits[which]), 1.0)
 
 
-def _smoothed(table: Table, scarce: _Scarce, worth: Floats, smooth: float) -> tuple[float, Floats]:
+@dataclass(frozen=True)
+class _Point:
     """The smoothed bound at some prices, and how much of each option each block takes there."""
-    cost = table.seconds + np.tensordot(worth, scarce.uses, axes=1)
+
+    worth: Floats
+    value: float
+    weights: Floats
+
+
+def _smoothed(table: Table, scarce: _Scarce, worth: Floats, smooth: float) -> _Point:
+    cost = table.seconds + (worth @ scarce.uses.reshape(len(worth), table.seconds.size)).reshape(table.seconds.shape)
     least = cost.min(axis=1, keepdims=True)
     weights = np.exp((least - cost) / smooth)
     total = weights.sum(axis=1, keepdims=True)
-    away = np.log(worth).sum() + np.log(scarce.highest - worth).sum()
-    return float(least.sum() - worth.sum() + smooth * (away - np.log(total).sum())), weights / total
+    away = float(np.log(worth * (scarce.highest - worth)).sum())
+    value = float(least.sum() - worth.sum()) + smooth * (away - float(np.log(total).sum()))
+    weights /= total
+    return _Point(worth, value, weights)
 
 
-def _newton_step(table: Table, scarce: _Scarce, smooth: float) -> float:
+def _newton_step(table: Table, scarce: _Scarce, smooth: float, at: _Point) -> tuple[_Point, float]:
     """One step up the smoothed bound, away from prices of 0 and from the highest; how much it promised to gain."""
-    value, weights = _smoothed(table, scarce, scarce.worth, smooth)
-    weighted = scarce.uses * weights
+    weighted = scarce.uses * at.weights
     used = weighted.sum(axis=2)
-    number = len(scarce.worth)
+    number = len(at.worth)
     spread = weighted.reshape(number, -1) @ scarce.uses.reshape(number, -1).T - used @ used.T
-    low, high = 1 / scarce.worth, 1 / (scarce.highest - scarce.worth)
+    low, high = 1 / at.worth, 1 / (scarce.highest - at.worth)
     slope = used.sum(axis=1) - 1.0 + smooth * (low - high)
     step = np.linalg.solve(spread / smooth + smooth * np.diag(low**2 + high**2), slope)
     gain = float(slope @ step)
-    length = min(1.0, 0.9 / max(float(np.max(np.concatenate((-step * low, step * high)))), 1e-30))
+    length = min(1.0, 0.9 / max(float((-step * low).max()), float((step * high).max()), 1e-30))
     for _ in range(_SHORTER):
-        if _smoothed(table, scarce, scarce.worth + length * step, smooth)[0] >= value + 0.1 * length * gain:
+        after = _smoothed(table, scarce, at.worth + length * step, smooth)
+        if after.value >= at.value + 0.1 * length * gain:
             break
         length *= 0.4
-    scarce.worth = scarce.worth + length * step
-    return gain
+    return after, gain
 
 
 def _set(prices: Prices, scarce: _Scarce) -> None:

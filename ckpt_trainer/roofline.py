@@ -8,18 +8,18 @@ It is meant for comparing ways to run the same step, not for promising its lengt
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from ckpt_trainer.flops import flops_of
-from ckpt_trainer.memory import storages_of
+from ckpt_trainer.memory import device_bytes, storages_of
 
 _NARROW = (torch.bfloat16, torch.float16)
 # Aliases that autograd takes for results.
@@ -42,6 +42,8 @@ class Device:
         bytes_per_second: Of its memory.
         link_bytes_per_second: Of the link to the host, in each direction.
         memory_bytes: All of its memory, as its driver tells.
+        op_seconds: Time of the host for each op; only where it is the device itself does it add to that of the op.
+        is_host: Whether ops run on the host.
     """
 
     name: str
@@ -50,6 +52,18 @@ class Device:
     bytes_per_second: float
     link_bytes_per_second: float
     memory_bytes: int
+    op_seconds: float = 0.0
+    is_host: bool = False
+
+    def seconds_with_host(self, work: Work, dispatches: bool) -> float:
+        """The time of ops that run one after another, with that of the host, which starts them.
+
+        Args:
+            dispatches: Whether each op goes through a dispatch mode.
+        """
+        host = sum(work.values()) * (self.op_seconds + (_DISPATCH_SECONDS if dispatches else 0.0))
+        device = self.seconds(work)
+        return device + host if self.is_host else max(device, host)
 
     def seconds(self, work: Work) -> float:
         """The time of ops that run one after another."""
@@ -78,6 +92,32 @@ _TABLE = (
 DEVICES = {device.name: device for device in _TABLE}
 
 
+# Of a dispatch mode in Python, for one op.
+_DISPATCH_SECONDS = 14e-6
+
+# Any host, and any accelerator that the table does not have: what counts is how arithmetic compares with memory traffic.
+HOST = Device("host", 5e10, 5e10, 8e9, 0.0, 0, op_seconds=5e-6, is_host=True)
+OTHER = Device("other", 3e14, 2e13, 2e12, 2.5e10, 0, op_seconds=8e-6)
+
+
+def device_of(device: torch.device) -> Device:
+    """What is known of the device of a tensor: from the table, by the name that its driver gives, else in general."""
+    if device.type == "cpu":
+        return HOST
+    module = torch.get_device_module(device.type)
+    name = str(module.get_device_name(device)) if hasattr(module, "get_device_name") else ""
+    words = re.split(r"[\s\-]+", name)
+    # Of a card that comes with two sizes of memory, the one that has as much.
+    found = [known for known in _TABLE if known.name.partition("-")[0] in words]
+    found.sort(key=lambda known: abs(known.memory_bytes - _memory_of(device)))
+    return replace(found[0], op_seconds=OTHER.op_seconds) if found else OTHER
+
+
+def _memory_of(device: torch.device) -> int:
+    seen = device_bytes(device)
+    return seen[1] if seen is not None else 0
+
+
 def device_named(name: str) -> Device:
     """A device of the table, in any spelling of upper and lower case.
 
@@ -87,7 +127,8 @@ def device_named(name: str) -> Device:
     found = {known.lower(): device for known, device in DEVICES.items()}
     device = found.get(name.lower())
     if device is None:
-        near = difflib.get_close_matches(name.lower(), found, n=1)
+        longer = [known for known in found if name and known.startswith(name.lower())]
+        near = longer or difflib.get_close_matches(name.lower(), found, n=1)
         hint = f" Did you mean {found[near[0]].name!r}?" if near else ""
         raise ValueError(
             f"device {name!r} is not one of {', '.join(DEVICES)}.{hint} Of another one, give the numbers: Device(...)."
@@ -116,8 +157,13 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+def _tensors(value: Any) -> Iterator[Tensor]:
+    # By hand: what torch has for trees takes longer than all the rest of the counting.
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def _bytes(tensor: Tensor) -> int:

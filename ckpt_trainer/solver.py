@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_trainer.choices import Choice, Table, make_table
+from ckpt_trainer.choices import Choice, Table, make_offers, make_table
 from ckpt_trainer.exchange import improve, repair
 from ckpt_trainer.plan import Plan
 from ckpt_trainer.prices import Prices, find_prices
-from ckpt_trainer.search import search
+from ckpt_trainer.search import dive, search
 from ckpt_trainer.step_costs import BudgetTooSmall, Option, Peak, StepCosts, constant_peak, extra_seconds, peak_of
 
 # How many pairs of device and host bytes `leanest` follows, and how many at first where any choice that fits will do.
@@ -60,50 +60,56 @@ def solve(costs: StepCosts, budget_bytes: int) -> Solution:
         return _solution(costs, keep, 0.0, 1)
     if constant_peak(costs).bytes > budget_bytes:
         raise BudgetTooSmall(budget_bytes, least_peak(costs))
-    known = [_prices(make_table(costs, budget_bytes, copies)) for copies in _ways(costs)]
-    fitting = [prices for prices in known if prices is not None]
+    offers = make_offers(costs)
+    fitting: list[Prices] = []
+    for copies in _ways(costs):
+        known = min((prices.best_time for prices in fitting), default=np.inf)
+        prices = _prices(make_table(costs, offers, budget_bytes, copies), known)
+        fitting += [prices] if prices is not None else []
     if not fitting:
         raise BudgetTooSmall(budget_bytes, least_peak(costs))
     best, bound, work = _best_of(sorted(fitting, key=lambda prices: prices.bound), _tolerance(costs))
-    options = _options(costs, best.table, _in_runs(costs, best.table, best.choice))
+    options = _options(costs, best.table, _in_runs(best.table, best.choice))
     return _solution(costs, options, bound, work)
 
 
 def _best_of(ways: list[Prices], tolerance: float) -> tuple[Prices, float, int]:
     """The best after the search, the bound of all, and the work done. What cannot beat another way is not searched."""
-    work, bound = 0, np.inf
+    bound = np.inf
     for prices in ways:
         target = min(way.best_time for way in ways)
-        found = search(prices, target, tolerance)
-        work, bound = work + prices.evaluations + found.partials, min(bound, found.bound)
+        bound = min(bound, search(prices, target, tolerance))
+    work = sum(prices.evaluations for prices in ways)
     return min(ways, key=lambda prices: prices.best_time), bound, work
 
 
 def least_peak(costs: StepCosts) -> Peak:
     """The peak of the choice that has the lowest one, within the host budget."""
-    chosen = [
-        _options(costs, table, leanest(table)) for table in (make_table(costs, 0, copies) for copies in _ways(costs))
-    ]
+    offers = make_offers(costs)
+    tables = [make_table(costs, offers, 0, copies) for copies in _ways(costs)]
+    chosen = [_options(costs, table, leanest(table)) for table in tables]
     return min((peak_of(costs, options) for options in chosen), key=lambda peak: peak.bytes)
 
 
 def _ways(costs: StepCosts) -> list[bool]:
-    """Without copies, and with them where there is a link and something to move.
+    """With copies where there is a link and something to move, and without them.
 
     Where copies take no room of their own, a choice that may copy is also one that need not.
     """
     moves = costs.link_bytes_per_second > 0 and any(o.link_bytes for block in costs.blocks for o in block.options)
-    return [False, *([True] if moves else [])] if costs.staging_bytes or not moves else [True]
+    return [*([True] if moves else []), *([False] if costs.staging_bytes or not moves else [])]
 
 
-def _prices(table: Table) -> Prices | None:
-    """Prices, and a choice that fits; None where none does."""
-    if table.roofs(np.isfinite(table.seconds))[0] < 0:
+def _prices(table: Table, known: float) -> Prices | None:
+    """Prices, and a choice that fits; None where none does, or none that is faster than what is known."""
+    if not table.can_fit():
         return None
-    prices = find_prices(table)
-    cost = prices.cost()
+    prices = find_prices(table, known)
+    if prices.bound >= known:
+        return prices
+    filled, cost = dive(prices), prices.cost()
     seeds = [prices.choice] if np.isfinite(prices.best_time) else []
-    rounded = repair(table, prices.rounded(), cost)
+    rounded = None if filled else repair(table, prices.rounded(), cost)
     seeds += [rounded] if rounded is not None else []
     for seed in seeds or (leanest(table, pairs) for pairs in (_FEW_PAIRS, _PAIRS)):
         if table.fits(seed):
@@ -155,18 +161,20 @@ def leanest(table: Table, pairs: int = _PAIRS) -> Choice:
     return np.array(choice, dtype=np.intp)
 
 
-def _in_runs(costs: StepCosts, table: Table, choice: Choice) -> Choice:
+def _in_runs(table: Table, choice: Choice) -> Choice:
     """The same options for the same classes, but the leaner ones at earlier blocks, wherever that fits as well.
 
     What a late block keeps is freed first, so this order never holds more, and a plan of a few runs is easier to read.
     """
-    classes: dict[int, list[int]] = {}
-    for row, block in enumerate(costs.blocks):
-        classes.setdefault(id(block.options), []).append(row)
-    for rows in classes.values():
-        ordered = choice.copy()
-        stored = table.stored[rows, choice[rows]]
-        ordered[rows] = choice[rows][np.lexsort((choice[rows], stored))]
-        if table.fits(ordered):
-            choice = ordered
+    stored = table.stored[table.rows, choice]
+    by_class = np.argsort(table.classes, kind="stable")
+    leaner_first = np.lexsort((choice, stored, table.classes))
+    ordered: Choice = choice.copy()
+    ordered[by_class] = choice[leaner_first]
+    if table.fits(ordered):
+        return ordered
+    for one in np.unique(table.classes[ordered != choice]):
+        changed = np.where(table.classes == one, ordered, choice)
+        if table.fits(changed):
+            choice = np.asarray(changed)
     return choice

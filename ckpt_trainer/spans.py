@@ -1,7 +1,7 @@
 """What each block of a model does to memory in one step: the step, cut where blocks begin and end.
 
-`measure_step` runs a forward and a backward and tells, of each block that ran, what was there before it, the most that was
-there in its forward and in its backward, and what ran. It knows nothing of actions or of what the numbers are for.
+A `WatchedStep` tells, of each block that ran in it, what was there before it, the most that was there in its forward and in
+its backward, and what ran. It knows nothing of actions or of what the numbers are for.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.memory import LiveBytes
+from ckpt_trainer.memory import AllocatorBytes, LiveBytes
 from ckpt_trainer.roofline import Work, WorkCounter
+
+Meter = LiveBytes | AllocatorBytes
 
 # Names of spans that are not of a block, in the order in which they come.
 BEFORE, HEAD, HEAD_BACKWARD, BEFORE_BACKWARD = "before", "head", "head backward", "before backward"
@@ -53,7 +56,7 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
         parameters: Those whose gradients are looked for.
     """
 
-    def __init__(self, live: LiveBytes, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, live: Meter, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.spans: list[Span] = []
         self._live = live
@@ -99,51 +102,96 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
         self.spans.append(span)
 
 
-def measure_step(model: nn.Module, blocks: Sequence[Block], loss_of: Callable[[], Tensor]) -> list[Span]:
-    """Run `loss_of().backward()` and tell its spans in the order in which they ran.
+class WatchedStep:
+    """Cuts the forward and the backward that run while it is entered.
 
     What runs between two blocks is part of the first of them, in forward; in backward, of the later.
 
     Args:
         model: The model; its gradients are followed.
         blocks: The blocks at which to cut.
+        meter: Counts the bytes; entered and left with this.
+        when_backward_begins: Called once, within backward.
+
+    Attributes:
+        spans: In the order in which they ran.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        meter: Meter,
+        when_backward_begins: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._blocks = blocks
+        self._meter = meter
+        self._cutter = _Cutter(meter, list(model.parameters()))
+        self._when_backward_begins: Callable[[], None] | None = when_backward_begins
+        self._has_begun = False
+        self._stack = ExitStack()
+
+    @property
+    def spans(self) -> list[Span]:
+        return self._cutter.spans
+
+    def __enter__(self) -> WatchedStep:
+        self._stack.enter_context(self._meter)
+        self._stack.enter_context(self._cutter)
+        for block in self._blocks:
+            entering, leaving = partial(self._enter, block.name), partial(self._leave, block.name)
+            self._stack.callback(block.module.register_forward_pre_hook(entering, with_kwargs=True).remove)
+            self._stack.callback(block.module.register_forward_hook(leaving).remove)
+        self._cutter.begin(BEFORE)
+        return self
+
+    def end_forward(self) -> None:
+        """The forward of the model is over."""
+        self._cutter.begin(HEAD_BACKWARD, backward=True)
+
+    def __exit__(self, *error: object) -> None:
+        self._cutter.end()
+        self._stack.close()
+
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self._cutter.begin(name)
+        if not self._has_begun:
+            self._has_begun = True
+            self._cut_at_gradient((args, kwargs), BEFORE_BACKWARD)
+
+    def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            self._cut_at_gradient(output, name)
+            self._cutter.begin(HEAD, soon=True)
+
+    def _cut_at_gradient(self, values: Any, name: str) -> None:
+        """Begin a span of backward where the gradient of the first of these tensors is there."""
+        tensors = (leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        tensor = next(tensors, None)
+        if tensor is not None:
+            tensor.register_hook(partial(self._begin_backward, name))  # type: ignore[no-untyped-call]
+
+    def _begin_backward(self, name: str, grad: Tensor) -> None:
+        if self._when_backward_begins is not None:
+            begins, self._when_backward_begins = self._when_backward_begins, None
+            begins()
+        self._cutter.begin(name, backward=True)
+
+
+def measure_step(model: nn.Module, blocks: Sequence[Block], loss_of: Callable[[], Tensor]) -> list[Span]:
+    """Run `loss_of().backward()` and tell its spans in the order in which they ran.
+
+    Args:
+        model: The model; its gradients are followed.
+        blocks: The blocks at which to cut.
         loss_of: Runs the forward.
     """
-    with ExitStack() as stack:
-        cutter = _Cutter(stack.enter_context(LiveBytes()), list(model.parameters()))
-        stack.enter_context(cutter)
-        first: list[str] = []
-        for block in blocks:
-            stack.callback(
-                block.module.register_forward_pre_hook(
-                    partial(_enter, cutter, first, block.name), with_kwargs=True
-                ).remove
-            )
-            stack.callback(block.module.register_forward_hook(partial(_leave, cutter, block.name)).remove)
-        cutter.begin(BEFORE)
+    with WatchedStep(model, blocks, LiveBytes()) as watched:
         loss = loss_of()
-        cutter.begin(HEAD_BACKWARD, backward=True)
+        watched.end_forward()
         loss.backward()  # type: ignore[no-untyped-call]
-        cutter.end()
+        # What the caller holds of it is no part of the step.
         del loss
-    return cutter.spans
-
-
-def _enter(cutter: _Cutter, first: list[str], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-    cutter.begin(name)
-    if not first:
-        first.append(name)
-        _cut_at_gradient(cutter, (args, kwargs), BEFORE_BACKWARD)
-
-
-def _leave(cutter: _Cutter, name: str, module: nn.Module, args: Any, output: Any) -> None:
-    _cut_at_gradient(cutter, output, name)
-    cutter.begin(HEAD, soon=True)
-
-
-def _cut_at_gradient(cutter: _Cutter, values: Any, name: str) -> None:
-    """Begin a span of backward where the gradient of the first of these tensors is there."""
-    tensors = (leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor) and leaf.requires_grad)
-    tensor = next(tensors, None)
-    if tensor is not None:
-        tensor.register_hook(lambda grad: cutter.begin(name, backward=True))  # type: ignore[no-untyped-call]
+    return watched.spans

@@ -92,6 +92,7 @@ class StepCosts:
             grow from the last block to the first.
         host_budget_bytes: Host memory that all blocks together may take.
         link_bytes_per_second: Of the link to the host, in each direction. 0: there is no link.
+        other_seconds: Time of what is no block: embeddings, head and loss, forward and backward.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -107,6 +108,7 @@ class StepCosts:
     gradients_are_there: bool = False
     host_budget_bytes: int = 0
     link_bytes_per_second: float = 0.0
+    other_seconds: float = 0.0
 
     @property
     def gradient_bytes(self) -> int:
@@ -192,11 +194,16 @@ def peak_of(costs: StepCosts, chosen: Sequence[Option]) -> Peak:
 
 def constant_peak(costs: StepCosts) -> Peak:
     """The peak of those phases that no choice changes."""
-    gradients = costs.gradient_bytes
-    there = gradients if costs.gradients_are_there else gradients - costs.before_gradient_bytes
-    embeddings = costs.resident_bytes + costs.before_bytes + there + costs.before_backward_bytes
-    optimizer = costs.resident_bytes + gradients + costs.optimizer_bytes
-    return Peak(embeddings, "embeddings") if embeddings > optimizer else Peak(optimizer, "optimizer")
+    return max(_constant_phases(costs), key=lambda peak: peak.bytes)
+
+
+def phase_peaks(costs: StepCosts, chosen: Sequence[Option]) -> dict[str, Peak]:
+    """Phase -> its peak in a step in which each block has the option chosen for it, in the order of `PHASES`."""
+    found: dict[str, Peak] = {}
+    for peak in _phases(costs, chosen):
+        if peak.phase not in found or peak.bytes > found[peak.phase].bytes:
+            found[peak.phase] = peak
+    return {phase: found[phase] for phase in PHASES if phase in found}
 
 
 def extra_seconds(costs: StepCosts, chosen: Sequence[Option]) -> float:
@@ -213,4 +220,12 @@ def _phases(costs: StepCosts, chosen: Sequence[Option]) -> Iterator[Peak]:
         yield Peak(held + grown + option.backward_bytes, "backward", block.name)
         held += option.stored_bytes
     yield Peak(held + costs.head_bytes, "head and loss")
-    yield constant_peak(costs)
+    yield from _constant_phases(costs)
+
+
+def _constant_phases(costs: StepCosts) -> tuple[Peak, Peak]:
+    gradients = costs.gradient_bytes
+    there = gradients if costs.gradients_are_there else gradients - costs.before_gradient_bytes
+    embeddings = costs.resident_bytes + costs.before_bytes + there + costs.before_backward_bytes
+    optimizer = costs.resident_bytes + gradients + costs.optimizer_bytes
+    return Peak(optimizer, "optimizer"), Peak(embeddings, "embeddings")

@@ -75,6 +75,10 @@ class StoredResults:
         self.watched = False
         self.not_kept: set[Key] = set()
 
+    def learn_with(self, other: StoredResults) -> None:
+        """Share with another block of the same modules what no replay asks for, and the names of places that takes."""
+        self.chosen, self.not_kept = other.chosen, other.not_kept
+
     def call(self) -> StoredCall:
         """A new call of the block."""
         return StoredCall(self)

@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,13 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import find_blocks
 from ckpt_trainer.distributed import fsdp_mode, may_replay_reentrant, take_over, unused_parameters_decided
-from ckpt_trainer.engine import Checkpointing, quantized_prepared
+from ckpt_trainer.engine import Checkpointing
 from ckpt_trainer.kbit import Preparation
 from ckpt_trainer.log import logger
 from ckpt_trainer.policies import BlockPolicy, check_policy, make_plan
 from ckpt_trainer.prepare import UseCache
+from ckpt_trainer.quantized import quantized_prepared
+from ckpt_trainer.rescue import Rescue
 from ckpt_trainer.training_args import settings_of
 
 # What makes transformers turn on its own checkpointing; the newer name and the older one.
@@ -62,6 +65,7 @@ class CheckpointingMixin(_Base):
     _checkpointing_use_cache: UseCache | None = None
     _checkpointing_switches: _Switches | None = None
     _checkpointing_prepared: Preparation | None = None
+    _checkpointing_rescue: Rescue | None = None
     _checkpointing_logged: Mapping[str, float] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -159,6 +163,7 @@ class CheckpointingMixin(_Base):
                 return super()._inner_training_loop(*args, **kwargs)
             finally:
                 self._checkpointing_prepared = None
+                self._checkpointing_end_rescue()
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         # What is cast while training is saved as it was.
@@ -167,9 +172,23 @@ class CheckpointingMixin(_Base):
             super()._save(*args, **kwargs)
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        state = self._checkpointing_of(model)
+        if not state.oom_retries:
+            return self._checkpointing_step(model, *args, **kwargs)
+        if self._checkpointing_rescue is None or self._checkpointing_rescue.state is not state:
+            self._checkpointing_end_rescue()
+            self._checkpointing_rescue = Rescue(self, model, state)
+        return self._checkpointing_rescue.run(partial(self._checkpointing_step, model), *args, **kwargs)
+
+    def _checkpointing_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._checkpointing_of(model).step():
             loss: torch.Tensor = super().training_step(model, *args, **kwargs)
             return loss
+
+    def _checkpointing_end_rescue(self) -> None:
+        if self._checkpointing_rescue is not None:
+            self._checkpointing_rescue.end()
+            self._checkpointing_rescue = None
 
     def _checkpointing_of(self, model: nn.Module) -> Checkpointing:
         if self._checkpointing is None or self._checkpointing.model is not model:
@@ -259,5 +278,5 @@ class CheckpointedTrainer(CheckpointingMixin, Trainer):
     """`transformers.Trainer` with activation checkpointing; takes what `Trainer` takes."""
 
 
-class CheckpointedSeq2SeqTrainer(CheckpointingMixin, Seq2SeqTrainer):
+class CheckpointedSeq2SeqTrainer(CheckpointedTrainer, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` with activation checkpointing; takes what `Seq2SeqTrainer` takes."""

@@ -18,19 +18,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from ckpt_trainer.distributed import fsdp_mode
-from ckpt_trainer.flag_rules import refuse_combinations, without_effect
+from ckpt_trainer.flag_rules import refuse_combinations, says_full, without_effect
 from ckpt_trainer.flag_values import (
     FLAG_CHECKS,
     HF_OPTIONS,
     TORCH_OPTIONS,
-    check_bool,
     from_json_list,
     nearest,
     read_budget,
@@ -41,14 +39,13 @@ from ckpt_trainer.flag_values import (
     read_save,
     read_segment,
 )
+from ckpt_trainer.hf_flags import HF_FLAG, HF_KWARGS, default_of, read_hf_kwargs, read_hf_mode
 from ckpt_trainer.plan import Settings
 
 logger = logging.get_logger(__name__)
 
-# Newest name first. 4.57 has the second name only.
-_HF_FLAG = ("activation_checkpointing", "gradient_checkpointing")
-_HF_KWARGS = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
-_TWIN = {one: other for pair in (_HF_FLAG, _HF_KWARGS) for one, other in (pair, pair[::-1])}
+
+_TWIN = {one: other for pair in (HF_FLAG, HF_KWARGS) for one, other in (pair, pair[::-1])}
 
 
 @dataclass
@@ -67,7 +64,9 @@ class CheckpointingArguments:
         metadata={
             "help": "What happens to the activations of each block: `none` stores them all, `full` stores the inputs of "
             "the block and rebuilds the rest in backward, `selective` stores what checkpointing_save names besides, "
-            "`offload` stores what checkpointing_offload_save names off the device. Not set: `full`."
+            "`offload` stores what checkpointing_offload_save names off the device, `auto` chooses among all of this for "
+            "each shape of batch, so that a step fits checkpointing_budget at the least cost in time. Not set: `full` "
+            "where the switch of transformers is on or a flag of mode full is set, else `auto`."
         },
     )
     checkpointing_modules: dict[str, Any] | str | None = field(
@@ -135,6 +134,17 @@ class CheckpointingArguments:
         default=1,
         metadata={"help": "offload: how many blocks ahead of backward are brought back to the device, from 0 up."},
     )
+    checkpointing_budget: float | str | None = field(
+        default=0.9,
+        metadata={
+            "help": "auto: memory of the device that a step may use: a share of all of it, or a size such as '20GiB'. What "
+            "other processes use is taken off. Where there is no accelerator: live bytes of training, of host memory."
+        },
+    )
+    checkpointing_oom_retries: int = field(
+        default=3,
+        metadata={"help": "auto: how often a micro-batch that ran out of memory is redone with a leaner plan, from 0 up."},
+    )
     checkpointing_compile_budget: float | None = field(
         default=None,
         metadata={"help": "selective, compiled: share, 0 to 1, of what the compiler stores. Not set: ops are marked."},
@@ -166,7 +176,7 @@ class CheckpointingArguments:
     _constructed = False  # Not annotated, so not a field.
 
     def __post_init__(self) -> None:
-        for name in ("checkpointing_modules", *_HF_KWARGS):
+        for name in ("checkpointing_modules", *HF_KWARGS):
             if isinstance(getattr(self, name, None), str):
                 read_dict(name, getattr(self, name))  # Before super, whose parser fails without naming the flag.
         # Alone they are flags for a loop of one's own.
@@ -204,7 +214,7 @@ class CheckpointTrainingArguments(CheckpointingArguments, TrainingArguments):
 
 
 @dataclass
-class CheckpointSeq2SeqTrainingArguments(CheckpointingArguments, Seq2SeqTrainingArguments):
+class CheckpointSeq2SeqTrainingArguments(CheckpointTrainingArguments, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with the flags of `CheckpointingArguments`."""
 
 
@@ -222,7 +232,7 @@ def settings_of(args: TrainingArguments) -> Settings:
     Raises:
         ValueError: A value is not valid, or a flag and HF's spelling of it ask for different things.
     """
-    label, options, options_said = _read_hf_kwargs(args)
+    label, options, options_said = read_hf_kwargs(args)
     own = {flag: getattr(args, flag, default) for flag, default in _DEFAULTS.items()}
     for flag, check in FLAG_CHECKS.items():
         check(flag, own[flag])
@@ -231,10 +241,10 @@ def settings_of(args: TrainingArguments) -> Settings:
         theirs = (f"{label}[{key!r}]={options[key]!r}", options[key], options_said) if key in options else None
         return _settle(args, flag, own[flag], theirs)
 
-    hf_mode = _read_hf_mode(args, label, options, options_said)
+    hf_mode = read_hf_mode(args, label, options, options_said)
     save, offload_save = read_save("checkpointing_save", own["checkpointing_save"]), own["checkpointing_offload_save"]
     settings = Settings(
-        mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], hf_mode) or "full",
+        mode=_settle(args, "checkpointing_mode", own["checkpointing_mode"], hf_mode) or "auto",
         modules=read_modules("checkpointing_modules", own["checkpointing_modules"], save, offload_save),
         every_n=settle("checkpointing_every_n", "every_n_layers"),
         save=save,
@@ -243,8 +253,10 @@ def settings_of(args: TrainingArguments) -> Settings:
         offload_save=offload_save,
         offload_to=own["checkpointing_offload_to"],
         offload_dir=read_folder("checkpointing_offload_dir", own["checkpointing_offload_dir"]),
-        host_budget=read_budget("checkpointing_host_budget", own["checkpointing_host_budget"]),
+        host_budget=read_budget("checkpointing_host_budget", own["checkpointing_host_budget"], Settings.host_budget),
         prefetch=own["checkpointing_prefetch"],
+        budget=read_budget("checkpointing_budget", own["checkpointing_budget"], Settings.budget),
+        oom_retries=own["checkpointing_oom_retries"],
         compile_budget=own["checkpointing_compile_budget"],
         skip_frozen=own["checkpointing_skip_frozen"],
         use_reentrant=settle("checkpointing_use_reentrant", "use_reentrant"),
@@ -256,6 +268,8 @@ def settings_of(args: TrainingArguments) -> Settings:
         named=own["checkpointing_mode"] is not None or (hf_mode is not None and hf_mode[2]),
         checkpoint_options={key: options[key] for key in TORCH_OPTIONS if key in options},
     )
+    if not settings.named and settings.plan is None and says_full(settings):
+        settings = replace(settings, mode="full")
     if settings.plan is not None:
         every_n = [f"{label}['every_n_layers']"] if options_said and "every_n_layers" in options else []
         _refuse_beside_plan(args, ([hf_mode[0]] if hf_mode and hf_mode[2] else []) + every_n)
@@ -290,66 +304,6 @@ def _name_of_function(value: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-# What HF's spelling says: the flag, and the keys of its kwargs.
-
-
-def _spelled(args: TrainingArguments, names: tuple[str, str]) -> dict[str, Any]:
-    """What was given under HF's two names for one thing; under `new/old` where both hold the same."""
-    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
-    same = len(given) == 2 and given[names[0]] == given[names[1]]
-    return {"/".join(names): given[names[0]]} if same else given
-
-
-def _read_hf_flag(args: TrainingArguments) -> tuple[str, str, bool] | None:
-    given = _spelled(args, _HF_FLAG)
-    for name, value in given.items():
-        check_bool(name, value)
-    asked = [name for name, value in given.items() if value]
-    said = not any(_default_of(args, name) for name in _HF_FLAG)
-    return (f"{asked[0]}=True", "full", said) if asked else None
-
-
-def _read_hf_mode(
-    args: TrainingArguments, label: str, options: Mapping[str, Any], options_said: bool
-) -> tuple[str, str, bool] | None:
-    """The mode that HF's flag asks for, the key `offload` of its kwargs in its place, or FSDP's own switch."""
-    flag, mode = _read_hf_flag(args), getattr(args, "checkpointing_mode", None)
-    own_said = mode not in (None, _default_of(args, "checkpointing_mode"))
-    # Kwargs that are a default of the args class do not make what the user said of the mode twice a conflict.
-    if options.get("offload") and (options_said or not own_said):
-        text = f"{label}['offload']=True"
-        named, said = (f"{flag[0]} with {text}", flag[2]) if flag else (text, False)
-        flag = named, "offload", options_said or said
-    other = f"checkpointing_mode={mode!r}" if own_said else flag[0] if flag and flag[2] else None
-    return fsdp_mode(vars(args), other) or flag
-
-
-def _read_hf_kwargs(args: TrainingArguments) -> tuple[str, dict[str, Any], bool]:
-    """How the user may have called it, its checked content, and whether it is the user's word."""
-    given = {name: kwargs for name, value in _spelled(args, _HF_KWARGS).items() if (kwargs := read_dict(name, value))}
-    if len(given) == 2:
-        # Not from a constructor (HF's prefers the newer name): one was set later, on args that are not ours.
-        texts = " and ".join(f"{name}={kwargs!r}" for name, kwargs in given.items())
-        raise ValueError(f"{texts} are two names of one setting. Set both to the same.")
-    label, options = next(iter(given.items()), ("", {}))
-    for key, value in options.items():
-        if key not in HF_OPTIONS:
-            raise ValueError(
-                f"{label} has the key {key!r}, which is not one of {', '.join(HF_OPTIONS)}. "
-                f"Did you mean {nearest(key, HF_OPTIONS)!r}?"
-            )
-        HF_OPTIONS[key](f"{label}[{key!r}]", value)
-    defaults = [_default_of(args, name) for name in _HF_KWARGS]
-    return label, options, options not in defaults
-
-
-def _default_of(args: TrainingArguments, name: str) -> Any:
-    declared = type(args).__dataclass_fields__.get(name)
-    if declared is None:
-        return _DEFAULTS.get(name)
-    return declared.default if declared.default_factory is MISSING else declared.default_factory()
-
-
 def _warn_without_effect(args: TrainingArguments, settings: Settings, kwargs: str) -> None:
     said = [flag for flag in _DEFAULTS if _is_said(args, flag, settings)]
     idle = without_effect(settings, said, kwargs)
@@ -363,6 +317,10 @@ def _is_said(args: TrainingArguments, flag: str, settings: Settings) -> bool:
     name = flag.removeprefix("checkpointing_")
     differs: bool = getattr(settings, name) != getattr(Settings(), name)
     return differs and getattr(args, flag, None) != _default_of(args, flag)
+
+
+def _default_of(args: TrainingArguments, name: str) -> Any:
+    return default_of(args, name, _DEFAULTS.get(name))
 
 
 def _settle(args: TrainingArguments, flag: str, value: Any, theirs: tuple[str, Any, bool] | None) -> Any:

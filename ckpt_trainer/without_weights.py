@@ -111,16 +111,18 @@ class _FakeIfLarge(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_large(args, kwargs):
+        if func.namespace != "prim" and _is_large(args, kwargs):
             with self._mode:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 def _is_large(args: Any, kwargs: Any) -> bool:
+    if any(isinstance(value, FakeTensor) for value in args):
+        return False  # fake anyway
     tensors = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
     if any(isinstance(tensor, FakeTensor) for tensor in tensors):
-        return False  # fake anyway
+        return False
     if not tensors:  # a size, where there is one, stands first
         size = args[0] if args and isinstance(args[0], (list, tuple)) else args
         return all(isinstance(n, int) for n in size) and prod(size) >= _LARGE

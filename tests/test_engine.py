@@ -16,7 +16,7 @@ from ckpt_trainer import checkpointing, engine
 from ckpt_trainer.blocks import find_blocks
 from ckpt_trainer.flops import FlopCounter
 from ckpt_trainer.gradient_check import GradientCheck
-from ckpt_trainer.install import Installed, _Forward
+from ckpt_trainer.install import Installed, Runners, _Forward
 from ckpt_trainer.memory import SavedBytes
 from ckpt_trainer.plan import Settings
 from ckpt_trainer.policies import make_plan
@@ -99,7 +99,7 @@ def test_hooks_on_a_block_run_once():
 def test_installed_may_be_entered_again():
     model = llama(2, use_cache=False)
     blocks = find_blocks(model)
-    installed = Installed(blocks, make_plan(blocks, Settings()), Settings(), tally := Tally())
+    installed = Installed(blocks, make_plan(blocks, Settings()), Settings(), Runners(blocks, Settings(), tally := Tally()))
     for _ in range(2):
         with installed:
             model(**batch()).loss.backward()

@@ -39,7 +39,7 @@ from tiny_models import CASES
 import ckpt_trainer
 from ckpt_trainer import host_store, install
 from ckpt_trainer.disk import DiskFile
-from ckpt_trainer.engine import checkpointing
+from ckpt_trainer.loop import checkpointing
 
 UNIT = 4096  # of host memory, which is what a block's inputs take
 TIMEOUT = 60
@@ -556,7 +556,7 @@ import torch
 from fake_device import FakeStreams
 from tiny_models import CASES
 from ckpt_trainer import groups, streams
-from ckpt_trainer.engine import checkpointing
+from ckpt_trainer.loop import checkpointing
 fake = FakeStreams("eager")
 streams.streams_of, groups.MIN_BYTES = fake.streams_of, 0
 model, batch = CASES["plain_transformer"].build(), CASES["plain_transformer"].batch()

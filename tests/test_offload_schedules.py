@@ -16,7 +16,7 @@ from torch import nn
 
 from ckpt_trainer import groups, handles, offload, streams
 from ckpt_trainer.blocks import find_blocks
-from ckpt_trainer.engine import checkpointing
+from ckpt_trainer.loop import checkpointing
 
 MODELS = ("llama", "bert", "t5", "llava")
 ROOMY, TINY = 2**22, 3 * 4096  # of host memory; a tensor takes 4096

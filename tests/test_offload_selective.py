@@ -15,7 +15,7 @@ from torch import nn
 
 from ckpt_trainer import checkpointing
 from ckpt_trainer.blocks import Block, find_blocks
-from ckpt_trainer.install import Installed, offloading_of
+from ckpt_trainer.install import Installed, Runners, offloading_of
 from ckpt_trainer.offload import Offloading
 from ckpt_trainer.plan import Action, Plan, Settings
 from ckpt_trainer.recompute import Tally
@@ -423,7 +423,7 @@ def nested_results(model, batch, plan=None, settings=None):
         if isinstance(module, (Outer, Inner))
     ]
     settings = settings or Settings()
-    made = plan and Installed(blocks, plan(blocks), settings, Tally(), offloading_of(settings))
+    made = plan and Installed(blocks, plan(blocks), settings, Runners(blocks, settings, Tally(), offloading_of(settings)))
     results = []
     for _ in range(2):
         with made or nullcontext():

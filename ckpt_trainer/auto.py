@@ -1,0 +1,276 @@
+"""Mode `auto`: which plan a micro-batch gets, by its size and what is known of others.
+
+`Planner` decides and remembers; what it is told was measured elsewhere, and what it decides is carried out elsewhere. A
+size of which nothing is known runs on the leanest plan and is measured. A smaller one gets a plan from what is known of
+larger ones; a larger one is kept as a whole where even the most it can come to fits. Each plan that is tight is measured
+when it is first used, and made anew with what that showed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckpt_trainer.costs import Link, Sample, between, live_costs
+from ckpt_trainer.measured import StepBytes
+from ckpt_trainer.plan import Plan
+from ckpt_trainer.sizes import Size, bucket_of, covers, growth, share, terms
+from ckpt_trainer.solver import Solution, solve
+from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of
+
+# A plan is measured when it is first used only where its peak is above this share of the budget.
+_TIGHT = 0.8
+# How often the plan of one size is made anew because a step showed something else than was expected.
+_ROUNDS = 4
+# By how much of the budget a measured peak may differ from the predicted one before that is worth a new plan.
+_SAME = 0.002
+
+Key = tuple[Size, bool]
+
+
+@dataclass
+class Choice:
+    """The plan of a size.
+
+    Args:
+        size: The size it was made for, which covers that of the micro-batch.
+        gradients_are_there: Whether it is for a micro-batch that is not the first of its step.
+        plan: What is done to each block.
+        budget_bytes: What it was made for.
+        solution: What was chosen and what it comes to; None for the leanest plan, of which nothing is known.
+        measures: Whether the next micro-batch that runs on it is to be measured.
+        least: Where even the leanest plan does not fit: why.
+        measured_bytes: The peak that was measured.
+    """
+
+    size: Size
+    gradients_are_there: bool
+    plan: Plan
+    budget_bytes: int
+    solution: Solution | None = None
+    measures: bool = False
+    least: BudgetTooSmall | None = None
+    measured_bytes: int | None = None
+
+    @property
+    def peak(self) -> Peak | None:
+        """The predicted peak."""
+        return self.solution.peak if self.solution is not None else self.least.least if self.least else None
+
+
+@dataclass
+class _Known:
+    """What is remembered of one size.
+
+    Args:
+        sample: What was measured.
+        costs: What follows from it.
+    """
+
+    sample: Sample
+    costs: StepCosts | None = None
+
+
+@dataclass
+class _Limits:
+    """What was learnt of one size by running it.
+
+    Args:
+        offset: Bytes that are taken off the budget.
+        rounds: How often its plan was made anew.
+    """
+
+    offset: int = 0
+    rounds: int = 0
+
+
+@dataclass
+class Planner:
+    """Decides on the plan of each micro-batch.
+
+    Args:
+        names: All blocks, in forward order.
+        leanest: The plan that stores least, of the blocks that are free to choose for; the others have their action.
+        budget: Asked for the bytes that a step may take, whenever a plan is made.
+        link: Where what blocks store can go.
+
+    Attributes:
+        is_ready: The optimizer has made a step, so that what it needs is known; until then each size is measured.
+    """
+
+    names: Sequence[str]
+    leanest: Plan
+    budget: Callable[[], int]
+    link: Link = field(default_factory=Link)
+    is_ready: bool = False
+    state_bytes: int = 0
+    optimizer_bytes: int = 0
+    _known: dict[Key, _Known] = field(default_factory=dict)
+    _choices: dict[Key, Choice] = field(default_factory=dict)
+    _planned: dict[Key, Choice] = field(default_factory=dict)
+    _limits: dict[Key, _Limits] = field(default_factory=dict)
+
+    def choose(self, size: Size, gradients_are_there: bool) -> Choice:
+        """The plan of a micro-batch of this size."""
+        key = size, gradients_are_there
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = self._decide(key)
+        return choice
+
+    def is_measured(self, size: Size, gradients_are_there: bool) -> bool:
+        """Whether a micro-batch of this size has run on the leanest plan and was measured."""
+        return (size, gradients_are_there) in self._known
+
+    def samples(self) -> Mapping[Key, Sample]:
+        """What was measured of which size."""
+        return {key: known.sample for key, known in self._known.items()}
+
+    def choices(self) -> list[Choice]:
+        """The plans that there are, in the order in which they were made."""
+        return list(self._planned.values())
+
+    def learn(self, size: Size, sample: Sample) -> None:
+        """A micro-batch ran on the leanest plan and was measured."""
+        self._known[size, sample.gradients_are_there] = _Known(sample)
+        self._forget_choices()
+
+    def learn_optimizer(self, state_bytes: int, temporary_bytes: int) -> None:
+        """The optimizer made a step."""
+        if (state_bytes, temporary_bytes, True) != (self.state_bytes, self.optimizer_bytes, self.is_ready):
+            self.state_bytes, self.optimizer_bytes, self.is_ready = state_bytes, temporary_bytes, True
+            self._forget_choices()
+
+    def learn_peak(self, choice: Choice, step: StepBytes, is_same_size: bool) -> bool:
+        """A micro-batch ran on a plan that was chosen and was measured.
+
+        Args:
+            step: What was measured.
+            is_same_size: Whether its size is the one that the plan was made for, and not a smaller one.
+
+        Returns:
+            Whether that size gets another plan.
+        """
+        key = choice.size, choice.gradients_are_there
+        choice.measured_bytes, choice.measures = step.peak, False
+        known, limits = self._known.get(key), self._limits.setdefault(key, _Limits())
+        predicted = choice.peak.bytes if choice.peak is not None else step.peak
+        differs = abs(step.peak - predicted) > _SAME * choice.budget_bytes
+        exceeds = step.peak > choice.budget_bytes
+        if limits.rounds >= _ROUNDS or not (differs or exceeds):
+            return False
+        if known is not None and is_same_size:
+            known.sample, known.costs = known.sample.with_seen(choice.plan, step), None
+        elif step.peak > predicted:
+            limits.offset += step.peak - predicted
+        else:
+            return False
+        limits.rounds += 1
+        self._forget(key)
+        return True
+
+    def make_leaner(self, choice: Choice, share_left: float) -> Choice:
+        """The size of a plan that ran out of memory gets a leaner one.
+
+        Args:
+            share_left: How much of what the plan takes above the leanest one a new plan may take, from 0 to 1.
+        """
+        key = choice.size, choice.gradients_are_there
+        limits = self._limits.setdefault(key, _Limits())
+        if choice.solution is not None:
+            least = self._least_bytes(key)
+            aim = least + int(share_left * (choice.solution.peak.bytes - least))
+            limits.offset += max(0, choice.budget_bytes - aim)
+        self._forget(key)
+        if choice.solution is None or share_left <= 0:
+            leanest = replace(choice, plan=self.leanest, solution=None, measures=False)
+            self._planned[key] = leanest
+        return self._planned.get(key) or self._plan(key, self._costs(key))
+
+    def fitting_share(self, choice: Choice) -> float | None:
+        """How much of a micro-batch would fit the budget on the leanest plan; None where its costs are not known."""
+        costs = self._costs((choice.size, choice.gradients_are_there))
+        if costs is None:
+            return None
+        nothing, least = self._lean_peak(between(None, costs, 0.0)), self._lean_peak(costs)
+        return max(0.0, (self.budget() - nothing) / (least - nothing)) if least > nothing else None
+
+    def _lean_peak(self, costs: StepCosts) -> int:
+        chosen = [min(block.options, key=lambda option: option.stored_bytes) for block in costs.blocks]
+        return peak_of(costs, chosen).bytes
+
+    def _least_bytes(self, key: Key) -> int:
+        costs = self._costs(key)
+        return self._lean_peak(costs) if costs is not None else 0
+
+    def _decide(self, key: Key) -> Choice:
+        size, there = key
+        if not self.is_ready:
+            return Choice(size, there, self.leanest, self.budget(), measures=key not in self._known)
+        planned = self._planned_size(key)
+        if planned in self._planned:
+            return self._planned[planned]
+        return self._plan(planned, self._costs(planned))
+
+    def _plan(self, key: Key, costs: StepCosts | None) -> Choice:
+        size, there = key
+        budget = self.budget() - self._limits.setdefault(key, _Limits()).offset
+        choice = Choice(size, there, self.leanest, budget, measures=key not in self._known)
+        if costs is None:
+            return choice  # and nothing is remembered, so that it is decided anew once it was measured
+        try:
+            choice.solution = solve(costs, budget)
+            choice.plan = choice.solution.plan
+            choice.measures = choice.solution.peak.bytes > _TIGHT * budget
+        except BudgetTooSmall as error:
+            choice.least, choice.measures = error, False
+        self._planned[key] = choice
+        return choice
+
+    def _planned_size(self, key: Key) -> Key:
+        """The size that a micro-batch of this size is planned as."""
+        size, there = key
+        if key in self._known:
+            return key
+        larger = [other for other, its in self._known if its == there and covers(other, size)]
+        return (bucket_of(size, min(larger, key=terms)), there) if larger else key
+
+    def _costs(self, key: Key) -> StepCosts | None:
+        """What a step of a size costs at most; None where that is not known."""
+        size, there = key
+        if key in self._known:
+            return self._costs_known(key)
+        sizes = [other for other, its in self._known if its == there]
+        larger = min((other for other in sizes if covers(other, size)), key=terms, default=None)
+        smaller = max((other for other in sizes if covers(size, other)), key=terms, default=None)
+        low = self._costs_known((smaller, there)) if smaller is not None else None
+        if larger is not None:
+            return between(low, self._costs_known((larger, there)), share(smaller, larger, size))
+        if smaller is None or low is None:
+            return None
+        most = between(None, low, growth(smaller, size))
+        keep = [block.options[0] for block in most.blocks]
+        return most if peak_of(most, keep).bytes <= self.budget() else None
+
+    def _costs_known(self, key: Key) -> StepCosts:
+        known = self._known[key]
+        if known.costs is None:
+            known.costs = live_costs(known.sample, self._gradients(known.sample), self.names, self.link)
+        return replace(
+            known.costs,
+            resident_bytes=known.sample.bare_bytes + self.state_bytes,
+            optimizer_bytes=self.optimizer_bytes,
+        )
+
+    def _gradients(self, sample: Sample) -> StepBytes:
+        """A step in which the gradients came into being."""
+        grown = [known.sample.step for (_, there), known in self._known.items() if not there]
+        return grown[0] if grown else sample.step
+
+    def _forget(self, key: Key) -> None:
+        self._planned.pop(key, None)
+        self._choices = {own: choice for own, choice in self._choices.items() if (choice.size, own[1]) != key}
+
+    def _forget_choices(self) -> None:
+        self._choices.clear()
+        self._planned.clear()

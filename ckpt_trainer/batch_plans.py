@@ -1,0 +1,349 @@
+"""A plan for each micro-batch: chosen when its forward begins, measured where that is needed.
+
+`BatchPlans` stands between a model in training and `auto.Planner`. It sees the size of each micro-batch, has its plan put
+on the model, watches those steps that the planner wants measured, and lets blocks be probed when such a step is over. What
+the optimizer takes is seen by the hooks that every optimizer of torch has.
+
+NOTE on modes. On a host bytes are counted by a dispatch mode. It goes on when the forward begins, and off within the last
+callback of backward, or with the next forward where there was no backward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_iter
+
+from ckpt_trainer import auto_lines
+from ckpt_trainer.auto import Choice, Planner
+from ckpt_trainer.block_classes import kinds_of
+from ckpt_trainer.blocks import Block
+from ckpt_trainer.costs import Probed, Sample
+from ckpt_trainer.install import Runners
+from ckpt_trainer.measured import StepBytes, new_gradients, read_spans
+from ckpt_trainer.memory import meter_of, storages_of
+from ckpt_trainer.out_of_memory import is_out_of_memory
+from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
+from ckpt_trainer.probes import Call, CallNotes, probe
+from ckpt_trainer.roofline import Device
+from ckpt_trainer.sizes import Size, size_of
+from ckpt_trainer.spans import WatchedStep
+
+ACTIONS = (KEEP, *(Action("selective", save=(tier,)) for tier in TIERS), RECOMPUTE)
+"""What is offered for each block, on the device."""
+
+# Plans and measurements that are told in the log.
+_LINES = 24
+
+# Optimizer steps that are measured: the first makes its state, the second shows what it takes besides.
+_OPTIMIZER_STEPS = 2
+
+
+@dataclass
+class _Watch:
+    """A micro-batch that is measured.
+
+    Args:
+        size: Of its inputs.
+        choice: What it runs on.
+        step: Cuts it into spans.
+        notes: Of calls that are to be probed.
+        gradient_bytes: What gradients took when it began.
+        state_bytes: What the optimizer's state took.
+        has_ended: Its backward is over.
+    """
+
+    size: Size
+    choice: Choice
+    step: WatchedStep
+    notes: CallNotes
+    gradient_bytes: int
+    state_bytes: int
+    has_ended: bool = False
+
+
+class BatchPlans:
+    """The plans of the micro-batches of one model; active while entered.
+
+    Args:
+        model: As it is called.
+        blocks: Its blocks.
+        free: Names of those whose action is to be chosen; the others have that of the leanest plan.
+        planner: Decides.
+        runners: What carries out actions.
+        device: Whose time counts.
+        put_on: Puts a plan on the model in place of the one that is on; None takes it off.
+        say: Level and text of a line for the log.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        free: set[str],
+        planner: Planner,
+        runners: Runners,
+        device: Device,
+        put_on: Callable[[Plan | None], None],
+        say: Callable[[int, str], None],
+    ) -> None:
+        self.planner = planner
+        self.current: Choice | None = None
+        self._model, self._blocks, self._runners, self._device = model, blocks, runners, device
+        self._by_name = {block.name: block for block in blocks}
+        self._kinds = {name: other for name, other in kinds_of(blocks).items() if name in free and other in free}
+        self._put_on, self._say = put_on, say
+        self._where = next((p.device for block in blocks for p in block.module.parameters()), torch.device("cpu"))
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+        self._ids = {id(p) for p in self._trainable}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._optimizer_steps = 0
+        self._optimizer_meter: Any = None
+        self._optimizer_peak = 0
+        self._watch: _Watch | None = None
+        self._learned: set[str] = set()
+        self._said: list[Choice] = []
+        self._lines = 0
+        self._has_begun_without = False
+        self._active = ExitStack()
+        for action in ACTIONS:
+            for names in self._members().values():
+                runners.share_lessons(names, self._by_name, action)
+
+    def _members(self) -> dict[str, list[str]]:
+        """The block that is probed -> those that it stands for, itself first."""
+        found: dict[str, list[str]] = {}
+        for name, other in self._kinds.items():
+            found.setdefault(other, [other]).extend([name] if name != other else [])
+        return found
+
+    def __enter__(self) -> BatchPlans:
+        hooks = (
+            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            self._model.register_forward_hook(self._end_forward),
+            register_optimizer_step_pre_hook(self._before_optimizer),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        )
+        for hook in hooks:
+            self._active.callback(hook.remove)
+        self._active.callback(self._drop)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        try:
+            if kind is None:
+                self.conclude()
+        finally:
+            self._active.close()
+
+    def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        self.conclude()
+        self._drop()  # a forward that no backward followed
+        size, there = size_of(args, kwargs), self._gradients_are_there()
+        if not self.planner.is_ready and not there:
+            self._note_window()
+        choice = self.planner.choose(size, there)
+        if choice is not self.current:
+            self._adopt(choice)
+        if choice.measures:
+            self._start_watching(size, choice, (args, kwargs))
+
+    def _note_window(self) -> None:
+        # An optimizer that is none of torch's calls no hook: its step is over when there are no gradients again.
+        if self._has_begun_without:
+            self.planner.learn_optimizer(self._state_bytes(), 0)
+        self._has_begun_without = bool(self.planner.samples())
+
+    def _gradients_are_there(self) -> bool:
+        return any(p.grad is not None for p in self._trainable)
+
+    def _adopt(self, choice: Choice) -> None:
+        self.current = choice
+        self._put_on(choice.plan)
+        if choice.peak is not None and not any(choice is said for said in self._said):
+            self._said.append(choice)
+            self._tell(logging.WARNING if choice.least else logging.INFO, auto_lines.plan_line(choice))
+
+    def _tell(self, level: int, text: str) -> None:
+        self._lines += 1
+        if self._lines <= _LINES:
+            self._say(level, text)
+        if self._lines == _LINES:
+            self._say(logging.INFO, "auto: plans of further sizes are in memory_report()['auto']")
+
+    def make_leaner(self, share_left: float) -> None:
+        """The micro-batch that ran on the current plan ran out of memory; its size gets a leaner one, see `Planner`."""
+        self._drop()
+        if self.current is not None:
+            self.planner.make_leaner(self.current, share_left)
+
+    def explain_out_of_memory(self) -> str:
+        """What was needed and what would fit."""
+        if self.current is None:
+            return "the forward did not reach the model."
+        fits = self.planner.fitting_share(self.current)
+        return auto_lines.explain_out_of_memory(self.current, self.planner.budget(), fits)
+
+    def as_data(self) -> dict[str, Any]:
+        """For a report; see `auto_lines.as_data`."""
+        return auto_lines.as_data(self.planner, self.planner.budget())
+
+    def _start_watching(self, size: Size, choice: Choice, inputs: Any) -> None:
+        gradients, state = self._gradient_bytes(), self._state_bytes()
+        tensors = [leaf for leaf in (*tree_iter(inputs), *self._state()) if isinstance(leaf, Tensor)]
+        meter = meter_of(self._where, self._model, *tensors)
+        probed = set(self._kinds.values()) if choice.solution is None else set[str]()
+        notes = CallNotes({name: self._by_name[name].module for name in probed})
+        step = WatchedStep(self._model, self._blocks, meter, self._call_at_end)
+        self._watch = _Watch(size, choice, step, notes, gradients, state)
+        notes.__enter__()
+        step.__enter__()
+
+    def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._watch is not None and torch.is_grad_enabled():
+            self._watch.step.end_forward()
+
+    def _call_at_end(self) -> None:
+        """Within the first hook of backward: have the watch end with it."""
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        if self._watch is not None and not self._watch.has_ended:
+            self._watch.has_ended = True
+            self._watch.notes.__exit__(None, None, None)
+            self._watch.step.__exit__(None, None, None)
+
+    def _drop(self) -> None:
+        """End what is being measured without learning from it."""
+        if self._optimizer_meter is not None:
+            meter, self._optimizer_meter = self._optimizer_meter, None
+            meter.__exit__(None, None, None)
+        self._end_backward()
+        self._watch = None
+
+    def conclude(self) -> None:
+        """The micro-batch is over: learn from it, if it was measured."""
+        watch = self._watch
+        if watch is None or not watch.has_ended:
+            return
+        self._watch = None
+        step = self._read(watch)
+        if step is None:
+            return
+        if watch.choice.solution is None:
+            self._learn_leanest(watch, step)
+        else:
+            again = self.planner.learn_peak(watch.choice, step, watch.size == watch.choice.size)
+            self._tell(logging.INFO, auto_lines.measured_line(watch.choice, again))
+
+    def _read(self, watch: _Watch) -> StepBytes | None:
+        spans = watch.step.spans
+        ran = {span.name for span in spans if span.backward}
+        if not any(block.name in ran for block in self._blocks):
+            return None  # nothing of it reached a block: a forward whose loss does not, or no backward
+        return read_spans(spans, new_gradients(spans), self._device)
+
+    def _learn_leanest(self, watch: _Watch, step: StepBytes) -> None:
+        self._put_on(None)
+        try:
+            found = {name: self._probe(name, call) for name, call in watch.notes.calls.items()}
+        finally:
+            self._put_on(watch.choice.plan)
+        probes = {name: probed for name, probed in found.items() if probed is not None}
+        there, known = watch.choice.gradients_are_there, self.planner.samples()
+        counted = not there or any(not its for _, its in known)
+        bare = step.start - (watch.gradient_bytes if counted else 0) - watch.state_bytes
+        sample = Sample(self.planner.leanest, step, self._kinds, probes, bare, there)
+        self.planner.learn(watch.size, sample)
+        watch.choice.measured_bytes = step.peak
+
+    def _probe(self, name: str, call: Call) -> Mapping[Action, Probed] | None:
+        if not call.needs_graph:
+            return None
+        try:
+            return self._probe_each(name, call)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._say(logging.INFO, f"auto: no memory to look at block {name}; blocks like it are recomputed")
+            return None
+
+    def _probe_each(self, name: str, call: Call) -> Mapping[Action, Probed]:
+        block, found = self._by_name[name], {}
+        for action in ACTIONS:
+            runner = self._runners.run_of(block, action)
+            run = _plainly if runner is None else runner.run
+            forward = block.module.forward
+            if name not in self._learned and action.kind == "selective":
+                probe(call, run, forward)  # what its replay shows is stored no more from then on
+            one = probe(call, run, forward)
+            seconds = self._device.seconds_with_host(one.work, _dispatches(action))
+            times = call.times
+            levels = times * one.stored, (times - 1) * one.stored + one.forward, (times - 1) * one.stored + one.backward
+            found[action] = Probed(levels, times * seconds)
+        self._learned.add(name)
+        return found
+
+    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_ours(optimizer):
+            return
+        self.conclude()
+        if self._optimizer_steps < _OPTIMIZER_STEPS and self._optimizer_meter is None:
+            self._optimizer_meter = meter_of(self._where)
+            self._optimizer_meter.__enter__()
+            self._level, self._state_then = self._optimizer_meter.current, self._state_bytes()
+
+    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._optimizer_meter is None or not self._is_ours(optimizer):
+            return
+        meter, self._optimizer_meter = self._optimizer_meter, None
+        meter.__exit__(None, None, None)
+        new = self._state_bytes() - self._state_then
+        self._optimizer_peak = max(self._optimizer_peak, meter.peak - self._level - new, 0)
+        self._optimizer_steps += 1
+        self.planner.learn_optimizer(self._state_bytes(), self._optimizer_peak)
+
+    def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        if not any(optimizer is known for known in self._optimizers):
+            if not any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"]):
+                return False
+            self._optimizers.append(optimizer)
+        return True
+
+    def _state(self) -> Iterator[Tensor]:
+        for optimizer in self._optimizers:
+            yield from (leaf for leaf in tree_iter(list(optimizer.state.values())) if isinstance(leaf, Tensor))
+
+    def _state_bytes(self) -> int:
+        return _bytes(self._state(), self._where)
+
+    def _gradient_bytes(self) -> int:
+        return _bytes((p.grad for p in self._trainable if p.grad is not None), self._where)
+
+
+def _plainly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)
+
+
+def _dispatches(action: Action) -> bool:
+    """Whether an action runs a block under a dispatch mode."""
+    return action.kind == "selective" and action.save != ("expensive",)
+
+
+def _bytes(tensors: Any, device: torch.device) -> int:
+    sizes = {
+        storage._cdata: storage.nbytes()
+        for tensor in tensors
+        if tensor.device.type == device.type
+        for storage in storages_of(tensor)
+    }
+    return sum(sizes.values())
