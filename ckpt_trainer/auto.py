@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from ckpt_trainer.costs import Link, Sample, between, live_costs
 from ckpt_trainer.measured import StepBytes
-from ckpt_trainer.plan import Plan
+from ckpt_trainer.plan import Plan, SizePlan
 from ckpt_trainer.sizes import Size, bucket_of, covers, growth, share, terms
 from ckpt_trainer.solver import Solution, solve
 from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of
@@ -93,6 +93,7 @@ class Planner:
         leanest: The plan that stores least, of the blocks that are free to choose for; the others have their action.
         budget: Asked for the bytes that a step may take, whenever a plan is made.
         link: Where what blocks store can go.
+        given: Plans of sizes that were made before; with them nothing is measured and nothing else is chosen.
 
     Attributes:
         is_ready: The optimizer has made a step, so that what it needs is known; until then each size is measured.
@@ -102,6 +103,7 @@ class Planner:
     leanest: Plan
     budget: Callable[[], int]
     link: Link = field(default_factory=Link)
+    given: Sequence[SizePlan] = ()
     is_ready: bool = False
     state_bytes: int = 0
     optimizer_bytes: int = 0
@@ -129,6 +131,11 @@ class Planner:
     def choices(self) -> list[Choice]:
         """The plans that there are, in the order in which they were made."""
         return list(self._planned.values())
+
+    def plan(self) -> Plan:
+        """All plans in one, to be saved and given again."""
+        found = [SizePlan(own.size, own.gradients_are_there, own.plan.actions) for own in self.choices() if own.solution]
+        return Plan(self.leanest.actions, tuple(found) or tuple(self.given))
 
     def learn(self, size: Size, sample: Sample) -> None:
         """A micro-batch ran on the leanest plan and was measured."""
@@ -205,6 +212,11 @@ class Planner:
 
     def _decide(self, key: Key) -> Choice:
         size, there = key
+        if self.given:
+            larger = [own for own in self.given if own.gradients_are_there == there and covers(own.inputs, size)]
+            smallest = min(larger, key=lambda own: terms(own.inputs), default=None)
+            plan = Plan(smallest.actions) if smallest is not None else self.leanest
+            return Choice(smallest.inputs if smallest is not None else size, there, plan, self.budget())
         if not self.is_ready:
             return Choice(size, there, self.leanest, self.budget(), measures=key not in self._known)
         planned = self._planned_size(key)

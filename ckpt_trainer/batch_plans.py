@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from ckpt_trainer.memory import meter_of, storages_of
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
 from ckpt_trainer.probes import Call, CallNotes, probe
+from ckpt_trainer.recompute import Tally
 from ckpt_trainer.roofline import Device
 from ckpt_trainer.sizes import Size, size_of
 from ckpt_trainer.spans import WatchedStep
@@ -70,7 +71,7 @@ class _Watch:
 
 
 class BatchPlans:
-    """The plans of the micro-batches of one model; active while entered.
+    """The plans of the micro-batches of one model; active while entered, which each step may do anew, until `release`.
 
     Args:
         model: As it is called.
@@ -105,6 +106,7 @@ class BatchPlans:
         self._ids = {id(p) for p in self._trainable}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._optimizer_steps = 0
+        self._optimizer_hooks: list[Any] = []
         self._optimizer_meter: Any = None
         self._optimizer_peak = 0
         self._watch: _Watch | None = None
@@ -125,14 +127,13 @@ class BatchPlans:
         return found
 
     def __enter__(self) -> BatchPlans:
-        hooks = (
-            self._model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            self._model.register_forward_hook(self._end_forward),
-            register_optimizer_step_pre_hook(self._before_optimizer),
-            register_optimizer_step_post_hook(self._after_optimizer),
-        )
-        for hook in hooks:
-            self._active.callback(hook.remove)
+        if not self._optimizer_hooks:  # they stay until the end of training: its steps are between those of the model
+            self._optimizer_hooks = [
+                register_optimizer_step_pre_hook(self._before_optimizer),
+                register_optimizer_step_post_hook(self._after_optimizer),
+            ]
+        self._active.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._active.callback(self._model.register_forward_hook(self._end_forward).remove)
         self._active.callback(self._drop)
         return self
 
@@ -142,6 +143,12 @@ class BatchPlans:
                 self.conclude()
         finally:
             self._active.close()
+
+    def release(self) -> None:
+        """Training is over."""
+        self._drop()
+        while self._optimizer_hooks:
+            self._optimizer_hooks.pop().remove()
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
@@ -281,7 +288,8 @@ class BatchPlans:
         block, found = self._by_name[name], {}
         for action in ACTIONS:
             runner = self._runners.run_of(block, action)
-            run = _plainly if runner is None else runner.run
+            # What a probe does is not counted with what happens in training.
+            run = _plainly if runner is None else replace(runner, tally=Tally()).run
             forward = block.module.forward
             if name not in self._learned and action.kind == "selective":
                 probe(call, run, forward)  # what its replay shows is stored no more from then on

@@ -118,15 +118,7 @@ def bench(
     work = _work(model, task, dtype, optimizer, lora, lora_targets, accumulate, attention, (batch, seq))
     allowed = None if read is None else budget_bytes(read, work.device, own_bytes(work.model, *work.state_tensors))
     with UseCache(work.model).set_to(False):
-        ways = {label: partial(_way, work, label) for label in chosen if label != AUTO}
-        expect(len(ways) + (0 if AUTO not in chosen else 1 if allowed is not None else 3))
-        every = measure_bytes(work, ways, advance=advance)
-        if AUTO in chosen:
-            budgets = {AUTO: allowed} if allowed is not None else {auto_label(b): b for b in budgets_between(every)}
-            ways = {label: partial(way_of, work, label, Settings("auto", budget=b)) for label, b in budgets.items()}
-            every += measure_bytes(work, ways, every, advance)
-        measure_seconds(work, every, rounds, advance)
-        close(every)
+        every = _measured(work, chosen, allowed, rounds, advance, expect)
     work.model.zero_grad()
     weights = [*work.model.parameters(), *work.model.buffers(), *work.batch.values()]
     held = {"weights": own_bytes(*weights), "optimizer": own_bytes(*work.state_tensors)}
@@ -140,6 +132,27 @@ def bench(
         budget_bytes=allowed,
         notes=_notes(every),
     )
+
+
+def _measured(
+    work: Work,
+    chosen: Sequence[str],
+    allowed: int | None,
+    rounds: int,
+    advance: Advance,
+    expect: Callable[[int], None],
+) -> list[Measured]:
+    ways = {label: partial(_way, work, label) for label in chosen if label != AUTO}
+    expect(len(ways) + (AUTO in chosen))
+    every = measure_bytes(work, ways, advance=advance)
+    if AUTO in chosen:
+        budgets = {AUTO: allowed} if allowed is not None else {auto_label(b): b for b in budgets_between(every)}
+        expect(len(ways) + len(budgets))
+        ways = {label: partial(way_of, work, label, Settings(AUTO, budget=b)) for label, b in budgets.items()}
+        every += measure_bytes(work, ways, every, advance)
+    measure_seconds(work, every, rounds, advance)
+    close(every)
+    return every
 
 
 def _modes(names: Sequence[str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: `ckpt-trainer estimate | bench | run`. Each command lives in a file of its own; this one collects them."""
+"""The command line, `ckpt-trainer estimate | bench | run`: each command has a file of its own, this one collects them."""
 
 from __future__ import annotations
 

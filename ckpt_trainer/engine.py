@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
@@ -20,9 +21,11 @@ from ckpt_trainer.batch_plans import BatchPlans
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
 from ckpt_trainer.budgets import budget_bytes
 from ckpt_trainer.compiled import is_compiled
+from ckpt_trainer.costs import Link
 from ckpt_trainer.deepspeed_rules import deepspeed_notes, refuse_emptied
 from ckpt_trainer.distributed import one_forward_checked, refuse_reentrant_wrapped, refuse_wrapped_blocks, wrapper_notes
 from ckpt_trainer.first_pass import FirstPass
+from ckpt_trainer.host_memory import host_cap
 from ckpt_trainer.install import Installed, Runners, is_sharded, offloading_of
 from ckpt_trainer.kbit import following_autocast, quantization_of, without_kept_inputs
 from ckpt_trainer.log import logger
@@ -110,7 +113,8 @@ class Checkpointing:
     def _carry_out(self) -> None:
         self._trainable = [block.trainable for block in self.blocks]
         self.plan: Plan = make_plan(self.blocks, self.settings, self._policy)
-        if self._offloading is None and self._moves:
+        may_move = self.plan.sizes or free_blocks(self.blocks, self.settings, self._policy)
+        if self._offloading is None and (self._moves or may_move):
             self._offloading = offloading_of(self.settings)
         if self._replays_reentrant:
             refuse_reentrant(self.model)
@@ -147,29 +151,29 @@ class Checkpointing:
         return self._made[actions]
 
     def _batch_plans(self) -> BatchPlans | None:
-        """What chooses a plan for each micro-batch, in mode `auto`."""
+        """What chooses a plan for each micro-batch: in mode `auto`, or where a plan has several."""
         free = free_blocks(self.blocks, self.settings, self._policy)
-        if not free:
+        if not free and not self.plan.sizes:
             return None
         why = self._why_not_auto()
         if why:
-            self._say(logging.INFO, f"auto: all blocks are recomputed as in mode full, since {why}")
+            self._say(logging.INFO, f"auto: the same is done to micro-batches of all sizes, since {why}")
             return None
         where = report.device_of(self.blocks[0].module)
         allowed = budget_bytes(self.settings.budget, where, memory.own_bytes(self.model))
-        planner = Planner([block.name for block in self.blocks], self.plan, lambda: allowed)
+        names = [block.name for block in self.blocks]
+        planner = Planner(names, Plan(self.plan.actions), lambda: allowed, self._link(where), self.plan.sizes)
+        if free:
+            self._say(logging.INFO, auto_lines.start_line(allowed, self.settings.budget, len(free)))
         parts = self._runners, device_of(where), self._swap, self._say
-        self._say(logging.INFO, auto_lines.start_line(allowed, self.settings.budget, len(free)))
         return BatchPlans(self.model, self.blocks, free, planner, *parts)
 
-    def make_leaner(self, attempt: int, retries: int) -> None:
-        """The micro-batch that just failed gets a leaner plan, with the last of the retries the leanest there is."""
-        if self._batches is not None:
-            self._batches.make_leaner(1 - attempt / retries)
-
-    def explain_out_of_memory(self, error: BaseException) -> str:
-        """What the micro-batch that just failed needed, and what would fit."""
-        return self._batches.explain_out_of_memory() if self._batches is not None else ""
+    def _link(self, where: torch.device) -> Link:
+        """The way to host memory, if there is one."""
+        if why_not(where) is not None:
+            return Link()
+        settings, speed = self.settings, device_of(where).link_bytes_per_second
+        return Link(speed, host_cap(settings.host_budget), settings.prefetch)
 
     def _why_not_auto(self) -> str:
         """Why steps of this model cannot be measured; empty where they can."""
@@ -310,7 +314,15 @@ class Checkpointing:
         """What was done so far, as plain data; see `report.memory_report`."""
         by_compiler = compiled.as_data(self.plan, self.settings, self._compiled)
         measured = self.recomputable_share, self._offload_report(), by_compiler
-        return report.memory_report(self.plan, self.blocks, self.tally, *measured)
+        found = report.memory_report(self.plan, self.blocks, self.tally, *measured)
+        if self._batches is None:
+            return {**found, "auto": None}
+        return {**found, "auto": self._batches.as_data(), "plan": self.whole_plan.as_data()}
+
+    @property
+    def whole_plan(self) -> Plan:
+        """What is done to micro-batches of all sizes, as `checkpointing_plan` takes it."""
+        return self._batches.planner.plan() if self._batches is not None else self.plan
 
     def _offload_report(self) -> dict[str, Any] | None:
         return self._offloading.report() if self._offloading is not None and self._moves else None
@@ -319,6 +331,8 @@ class Checkpointing:
         """Training is over: give back the host memory that offload took; the report stays."""
         if self._offloading is not None:
             self._offloading.release()
+        if self._batches is not None:
+            self._batches.release()
 
     @property
     def is_used(self) -> bool:

@@ -106,13 +106,13 @@ def estimate(
     modes, not for promising the length of a step.
 
     Args:
-        model: The name of a model on the hub, the path of its folder or of a JSON file, its config, or a module. Of a module
-            the dtype and what trains are as they are.
+        model: The name of a model on the hub, the path of its folder or of a JSON file, its config, or a module. Of a
+            module the dtype and what trains are as they are.
         batch: Rows of the micro-batch; or a batch of your own, as the model is called with.
         seq: Tokens in a row; not for a batch of your own.
         task: What is trained for, one of `TASKS`; None: what the config says.
         dtype: One of `DTYPES`: of the weights; with `-mixed`, of autocast over fp32 weights.
-        optimizer: One of `torch.optim`, with `_fused` for its fused variant, or `none`. Its state has the dtype of the weights.
+        optimizer: One of `torch.optim`, with `_fused` for its fused variant, or `none`. Its state has their dtype.
         lora: Rank of LoRA adapters; None: all weights train.
         lora_targets: Modules that get them; None: what PEFT takes for this model.
         accumulate: A later micro-batch of an accumulation, in which all gradients are there from the start.

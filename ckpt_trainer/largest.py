@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from ckpt_trainer.step_costs import BlockCost, Option, StepCosts
 
@@ -23,6 +24,8 @@ _OF_STEP = (
     "staging_bytes",
 )
 _OF_OPTION = ("stored_bytes", "forward_bytes", "backward_bytes", "host_bytes", "link_bytes")
+_Costs = TypeVar("_Costs", Option, StepCosts)
+
 # How often a size is measured beyond those at the start.
 _EXTENSIONS = 3
 
@@ -126,8 +129,8 @@ def _weights(sizes: Sequence[int], size: int) -> list[float]:
     return weights
 
 
-def _mixed(points: Sequence[Option] | Sequence[StepCosts], weights: Sequence[float], names: Sequence[str]):  # type: ignore[no-untyped-def]
-    values = {
+def _mixed(points: Sequence[_Costs], weights: Sequence[float], names: Sequence[str]) -> _Costs:
+    values: dict[str, Any] = {
         name: round(sum(weight * getattr(point, name) for weight, point in zip(weights, points, strict=True)))
         for name in names
     }

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 # What is trained for -> the class that builds it; the first that knows the config is taken where nobody says.
 TASKS = {
@@ -126,7 +126,7 @@ def with_lora(model: nn.Module, rank: int, targets: Sequence[str] | str | None =
     wanted = targets if targets is None or isinstance(targets, str) else list(targets)
     config = LoraConfig(r=rank, target_modules=wanted)
     try:
-        adapted: nn.Module = get_peft_model(model, config, low_cpu_mem_usage=next(model.parameters()).is_meta)  # type: ignore[arg-type]
+        adapted: nn.Module = get_peft_model(model, config, low_cpu_mem_usage=next(model.parameters()).is_meta)
     except ValueError as error:
         raise ValueError(f"LoRA: {error} Name the modules (--lora-targets), or 'all-linear'.") from error
     return adapted.train()
@@ -147,7 +147,8 @@ def batch_of(model: nn.Module, rows: int, tokens: int, generator: torch.Generato
     for name, size in (("batch", rows), ("seq", tokens)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} was asked for. Give a whole number from 1 on.")
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     main = getattr(inner, "main_input_name", "input_ids")
     if main != "input_ids":
         raise ValueError(

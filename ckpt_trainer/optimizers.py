@@ -23,9 +23,9 @@ def optimizer_named(name: str) -> MakeOptimizer | None:
     """What makes an optimizer of parameters.
 
     Args:
-        name: A class of `torch.optim` in any spelling (`adamw`, `sgd`, `adafactor`), with `_fused` for its fused variant, or as
-            transformers calls it (`adamw_torch_fused`); `none`: there is none. A name without `_fused` is the variant that
-            torch takes on a device, which steps all weights at once and needs room for that.
+        name: A class of `torch.optim` in any spelling (`adamw`, `sgd`), with `_fused` for its fused variant, or as
+            transformers calls it (`adamw_torch_fused`); `none`: there is none. A name without `_fused` is the variant
+            that torch takes on a device, which steps all weights at once and needs room for that.
 
     Raises:
         ValueError: torch has none of that name, or no fused variant of it.
@@ -49,8 +49,8 @@ def optimizer_named(name: str) -> MakeOptimizer | None:
 
 
 def _known() -> dict[str, Any]:
-    # Those that need something else than a step: a closure, sparse gradients, matrices only.
-    special = {"lbfgs", "sparseadam", "muon"}
+    # Those that need something else than shapes: a closure, sparse gradients, matrices only, values.
+    special = {"lbfgs", "sparseadam", "muon", "adafactor"}
     found = {name.lower(): kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind)}
     return {
         name: kind

@@ -203,7 +203,7 @@ class Settings:
             `determinism_check`, `debug`, `early_stop`.
     """
 
-    mode: str = "full"
+    mode: str = "auto"
     modules: tuple[Part, ...] = ()
     every_n: int = 1
     save: tuple[str, ...] = DEFAULT_SAVE
@@ -234,14 +234,31 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class SizePlan:
+    """What is done in micro-batches up to a size.
+
+    Args:
+        inputs: (name, dimensions) of each input, in the order of the call.
+        gradients_are_there: Whether it is for micro-batches that are not the first of their step.
+        actions: One entry for each block.
+    """
+
+    inputs: tuple[tuple[str, tuple[int, ...]], ...]
+    gradients_are_there: bool
+    actions: Mapping[str, Action]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Block name -> action, in forward order. Prints as a table, goes to JSON and back.
 
     Args:
         actions: One entry for each block.
+        sizes: Of mode `auto`: what is done instead to micro-batches of which the size is known.
     """
 
     actions: Mapping[str, Action]
+    sizes: tuple[SizePlan, ...] = ()
 
     def __getitem__(self, name: str) -> Action:
         return self.actions[name]
@@ -259,8 +276,21 @@ class Plan:
         return not all(action.does_nothing for action in self.actions.values())
 
     def as_data(self) -> dict[str, Any]:
-        """The plan as what JSON can hold: `{"blocks": {name: action}}`, an action as text where it has no reason."""
-        return {"blocks": {name: _entry(action) for name, action in self.actions.items()}}
+        """The plan as what JSON can hold: `{"blocks": {name: action}}`, an action as text where it has no reason.
+
+        Where there are plans for sizes: `"sizes"` too, a list of `{"inputs", "gradients_are_there", "blocks"}`.
+        """
+        data: dict[str, Any] = {"blocks": _entries(self.actions)}
+        if self.sizes:
+            data["sizes"] = [
+                {
+                    "inputs": {name: list(dims) for name, dims in size.inputs},
+                    "gradients_are_there": size.gradients_are_there,
+                    "blocks": _entries(size.actions),
+                }
+                for size in self.sizes
+            ]
+        return data
 
     def to_json(self) -> str:
         """The plan as a JSON object; `Plan.from_json` gives an equal plan back."""
@@ -271,7 +301,7 @@ class Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: The text is not JSON, has no `blocks`, or names an unknown action.
+            ValueError: The text is not JSON, has no `blocks`, names an unknown action, or has `sizes` of another form.
         """
         try:
             data = json.loads(text)
@@ -279,7 +309,7 @@ class Plan:
             raise ValueError(f"a plan is a JSON object; this text is not JSON: {error}") from None
         if not isinstance(data, dict) or not isinstance(data.get("blocks"), dict):
             raise ValueError('a plan is a JSON object {"blocks": {block name: action}}; found none.')
-        return cls({name: _read_action(name, entry) for name, entry in data["blocks"].items()})
+        return cls(_read_actions(data["blocks"]), tuple(_read_size(entry) for entry in data.get("sizes", ())))
 
     def __str__(self) -> str:
         rows = [(fold_names(names), str(len(names)), str(action)) for names, action in self._runs()]
@@ -298,6 +328,25 @@ class Plan:
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def _entries(actions: Mapping[str, Action]) -> dict[str, Any]:
+    return {name: _entry(action) for name, action in actions.items()}
+
+
+def _read_actions(entries: Mapping[str, Any]) -> dict[str, Action]:
+    return {name: _read_action(name, entry) for name, entry in entries.items()}
+
+
+def _read_size(entry: Any) -> SizePlan:
+    try:
+        inputs = tuple((str(name), tuple(map(int, dims))) for name, dims in entry["inputs"].items())
+        return SizePlan(inputs, bool(entry["gradients_are_there"]), _read_actions(entry["blocks"]))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'an entry of "sizes" in a plan is {{"inputs": {{name: [dimensions]}}, "gradients_are_there": false, '
+            f'"blocks": {{block name: action}}}}; found {str(entry)[:80]!r} ({error!r}).'
+        ) from None
 
 
 def _entry(action: Action) -> str | dict[str, Any]:

@@ -97,14 +97,17 @@ def plan_from(plan: Plan, blocks: Sequence[Block]) -> Plan:
         ValueError: It names a block that this model has not.
     """
     there = [block.name for block in blocks]
-    strange = [name for name in plan.actions if name not in set(there)]
+    named = [plan.actions, *(size.actions for size in plan.sizes)]
+    strange = [name for actions in named for name in actions if name not in set(there)]
     if strange:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ValueError(
             f"checkpointing_plan names {strange[0]!r}{more}, which this model has no block of. "
             f"Blocks of this model: {_found(blocks)}.{_nearest(strange[0], there)}"
         )
-    return Plan({name: plan.actions.get(name, Action("keep", "not in the plan")) for name in there})
+    left = Action("keep", "not in the plan")
+    full, *of_sizes = ({name: actions.get(name, left) for name in there} for actions in named)
+    return Plan(full, tuple(replace(size, actions=own) for size, own in zip(plan.sizes, of_sizes, strict=True)))
 
 
 def check_policy(policy: Any, settings: Settings) -> None:

@@ -112,7 +112,8 @@ def memory_report(
         `memory`: bytes, see `memory_bytes`; `offload`: what was moved off the device, see `Offloading.report`, None where
         nothing was to be; `compiled`: how many blocks a compiler runs, whose calls are not counted, `backends` and
         `memory_budget`, None where it runs none; `plan`: the plan as `Plan.as_data` gives it, which is what a file for
-        `checkpointing_plan` holds.
+        `checkpointing_plan` holds. `auto` is added by the engine: see `auto_lines.as_data`, None where the plan is the same
+        for all micro-batches.
     """
     kinds: dict[str, Counter[str]] = {}
     for block in blocks:

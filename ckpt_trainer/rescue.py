@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Protocol
 
@@ -114,8 +113,8 @@ class Rescue:
     def _log(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Exception | None:
         """Copies little, for which there may be no memory either: then the error that says so."""
         try:
-            found = MicroBatch(self.model, vars(self._trainer), self._accelerator, self._devices, args, kwargs)
-            self._window.add(found, self.model, self._weights())
+            of = self.model, vars(self._trainer), self._accelerator, self._devices, self._window.note_sync
+            self._window.add(MicroBatch(*of, args, kwargs), self.model, self._weights())
             return None
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -135,7 +134,7 @@ class Rescue:
                 self._window.put_buffers_back()
             for batch in batches if is_again else batches[-1:]:
                 self._place = "forward"
-                with batch.found_again() if is_again else nullcontext():
+                with batch.found_again() if is_again else batch.collectives:
                     loss = attempt(*batch.args, **batch.kwargs)
             batches[-1].ran_collectives = batches[-1].collectives.ran()
             return loss
@@ -150,6 +149,8 @@ class Rescue:
         why = self._never or why_not_alone(self.model, self._place == "backward")
         if not why and (last.collectives.ran() or any(batch.ran_collectives for batch in earlier)):
             why = "a collective has run, which the other ranks do not run twice"
+        if not why and earlier and last.collectives.is_awaited:
+            why = "DDP waits for its gradients, and would average those of the micro-batches before it instead"
         return why or self._window.why_lost()
 
     def _redo(self, attempt: Callable[..., Tensor], number: int) -> Tensor | Exception:

@@ -47,7 +47,7 @@ class Retrying(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *error: Any) -> None:
         # An optimizer that fails calls no hook at its end, so that modes which one entered at its beginning are still on.
         while (last := _get_current_dispatch_mode()) is not None and last is not self:
-            last.__exit__(*error)
+            last.__exit__(*error)  # type: ignore[no-untyped-call]
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

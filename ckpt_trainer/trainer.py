@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ from ckpt_trainer.training_args import settings_of
 _SWITCHES = ("activation_checkpointing", "gradient_checkpointing")
 
 _OFFLOAD_METRICS = ("bytes_out", "bytes_in", "prefetch_hits", "prefetch_misses", "waited_seconds")
+
+# In a folder of a checkpoint: the plans that mode `auto` made, for `checkpointing_plan`.
+PLAN_FILE = "checkpointing_plan.json"
 
 _NOTHING = logging.CRITICAL + 1
 
@@ -94,7 +98,7 @@ class CheckpointingMixin(_Base):
         if self._checkpointing_use_cache is not None:
             self._checkpointing_use_cache.restore()
         # First in the list, so that other callbacks see the arguments as the user gave them.
-        self.callback_handler.callbacks.insert(0, _TrainBegin(self))
+        self.callback_handler.callbacks.insert(0, _Events(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         # By now the model exists also where a trainer loads it by name.
@@ -260,8 +264,9 @@ class _Switches:
         self()
 
 
-class _TrainBegin(TrainerCallback):
-    """At the start of training: give the switches of transformers back, make the plan and say what it is."""
+class _Events(TrainerCallback):
+    """At the start of training: give the switches of transformers back, make the plan and say what it is. With each
+    checkpoint, plans of mode `auto` are saved."""
 
     def __init__(self, trainer: CheckpointingMixin) -> None:
         self._trainer = trainer
@@ -272,6 +277,12 @@ class _TrainBegin(TrainerCallback):
         if self._trainer._checkpointing_switches is not None:
             self._trainer._checkpointing_switches()
         self._trainer._checkpointing_of(self._trainer.model_wrapped)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(self._trainer._get_output_dir(trial=None), f"checkpoint-{state.global_step}")
+        plan = self._trainer._checkpointing.whole_plan if self._trainer._checkpointing is not None else None
+        if plan is not None and plan.sizes and args.should_save and folder.is_dir():
+            (folder / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
 
 
 class CheckpointedTrainer(CheckpointingMixin, Trainer):

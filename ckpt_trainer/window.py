@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ckpt_trainer.block_state import random_state, same_state, set_random_state
-from ckpt_trainer.collectives import Collectives, syncing
+from ckpt_trainer.collectives import Collectives, alone
 
 # Tensors up to this size, on the trainer and among its inputs, are copied: sums that are added to in place.
 _TINY_BYTES = 2**10
@@ -113,6 +113,7 @@ class MicroBatch:
         owner: The attributes of the trainer.
         accelerator: Of accelerate.
         devices: Those that it may draw random numbers on.
+        synced: See `Collectives`.
         args: Of the call.
         kwargs: Likewise.
 
@@ -127,6 +128,7 @@ class MicroBatch:
         owner: dict[str, Any],
         accelerator: Any,
         devices: Sequence[torch.device],
+        synced: Callable[[], None],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
@@ -137,7 +139,7 @@ class MicroBatch:
         self._random = [(device, random_state(device)) for device in devices]
         self._python, self._numpy = random.getstate(), numpy.random.get_state()
         self._syncs = getattr(model, "require_backward_grad_sync", True), accelerator.gradient_state.sync_gradients
-        self.collectives = Collectives(model)
+        self.collectives = Collectives(model, synced)
         self.ran_collectives = False
 
     @contextmanager
@@ -154,7 +156,7 @@ class MicroBatch:
         now = gradient_state.sync_gradients
         gradient_state._set_sync_gradients(is_last)
         try:
-            with syncing(self._model, averages):
+            with alone(self._model, averages, self.collectives.has_begun), self.collectives:
                 yield
         finally:
             gradient_state._set_sync_gradients(now)
@@ -217,6 +219,17 @@ class Buffers:
                 if buffer is not None and name not in copies and buffer._version != version:
                     return f"{type(module).__name__}.{name}"
         return ""
+
+    def note_sync(self) -> None:
+        """They were written from outside, and what is in them now is what the forward finds."""
+        with torch.no_grad():
+            for _, buffers, versions, copies in self._found:
+                for name in versions:
+                    buffer = buffers[name]
+                    assert buffer is not None
+                    versions[name] = buffer._version
+                    if name in copies:
+                        copies[name].copy_(buffer)
 
     def put_back(self) -> None:
         with torch.no_grad():
@@ -281,6 +294,11 @@ class Window:
     def drop_gradients(self, weights: Iterable[Tensor]) -> None:
         for weight in weights:
             weight.grad = None
+
+    def note_sync(self) -> None:
+        """Buffers were sent from another rank, just now."""
+        if len(self.batches) == 1:
+            self._buffers.note_sync()
 
     def put_buffers_back(self) -> None:
         self._buffers.put_back()

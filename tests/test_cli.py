@@ -13,10 +13,11 @@ from ckpt_trainer.comparison import Row
 KEYS = {
     "title", "device", "budget_bytes", "parameters", "trainable_parameters", "rows", "plan", "problem", "notes"
 }  # fmt: skip
-LLAMA = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=128, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, vocab_size=512, max_position_embeddings=256,
-)  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 256,
+}  # fmt: skip
 
 
 @pytest.fixture

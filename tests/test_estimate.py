@@ -20,22 +20,24 @@ from ckpt_trainer.step_costs import PHASES, BlockCost, Option, StepCosts, peak_o
 from ckpt_trainer.without_weights import NeedsValues
 
 MODERN = int(transformers.__version__.split(".")[0]) >= 5
-LLAMA = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=64, intermediate_size=128, num_hidden_layers=6,
-    num_attention_heads=4, num_key_value_heads=2, vocab_size=512, max_position_embeddings=4096,
-)  # fmt: skip
-LLAMA_8B = dict(
-    model_type="llama", architectures=["LlamaForCausalLM"], hidden_size=4096, intermediate_size=14336,
-    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-    rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=False,
-)  # fmt: skip
-BERT = dict(
-    model_type="bert", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=512
-)  # fmt: skip
-T5 = dict(
-    model_type="t5", architectures=["T5ForConditionalGeneration"], d_model=64, d_kv=16, d_ff=128, num_layers=3, num_heads=4,
-    vocab_size=512,
-)  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+    "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+LLAMA_8B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False,
+}  # fmt: skip
+BERT = {
+    "model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "vocab_size": 512,
+}  # fmt: skip
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "d_model": 64, "d_kv": 16, "d_ff": 128,
+    "num_layers": 3, "num_heads": 4, "vocab_size": 512,
+}  # fmt: skip
 GIB, MIB = 2**30, 2**20
 
 
@@ -281,17 +283,17 @@ def test_models_that_are_not_there(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(seq=None), "seq is missing"),
-        (dict(batch=0), "batch=0 was asked for"),
-        (dict(seq=-8), "seq=-8 was asked for"),
-        (dict(seq=True), "seq=True"),
-        (dict(dtype="bf8"), r"dtype 'bf8' is not one of fp32, bf16"),
-        (dict(device="A100"), r"device 'A100' is not one of .*Did you mean 'A100-[48]0'\?"),
-        (dict(task="causal"), r"task 'causal' is not one of .*Did you mean 'causal-lm'\?"),
-        (dict(attention="flash"), r"attention 'flash' is not one of sdpa, eager"),
-        (dict(modes=["half"]), r"mode 'half' is not one of"),
-        (dict(budget=-1), "budget=-1"),
-        (dict(budget="1.5"), "budget='1.5'"),
+        ({"seq": None}, "seq is missing"),
+        ({"batch": 0}, "batch=0 was asked for"),
+        ({"seq": -8}, "seq=-8 was asked for"),
+        ({"seq": True}, "seq=True"),
+        ({"dtype": "bf8"}, r"dtype 'bf8' is not one of fp32, bf16"),
+        ({"device": "A100"}, r"device 'A100' is not one of .*Did you mean 'A100-[48]0'\?"),
+        ({"task": "causal"}, r"task 'causal' is not one of .*Did you mean 'causal-lm'\?"),
+        ({"attention": "flash"}, r"attention 'flash' is not one of sdpa, eager"),
+        ({"modes": ["half"]}, r"mode 'half' is not one of"),
+        ({"budget": -1}, "budget=-1"),
+        ({"budget": "1.5"}, "budget='1.5'"),
     ],
 )
 def test_options_that_cannot_be(tmp_path, options, said):

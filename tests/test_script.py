@@ -34,7 +34,9 @@ TRAINING = """
     from transformers import HfArgumentParser, {trainer}, {arguments}
     (args,) = HfArgumentParser({arguments}).parse_args_into_dataclasses()
     model = {build}()
-    model.config.use_cache = False
+    for part in model.modules():
+        if hasattr(part, "config"):
+            part.config.use_cache = False
     trainer = {trainer}(model, args, train_dataset=text_dataset(4))
     trainer.train()
     weights = trainer.model.state_dict()

@@ -46,8 +46,8 @@ def rescues(found):
 def test_forward_is_run_again_on_the_rank_that_failed(named, key):
     found = named(f"forward{key}")
     assert_same(found, named(f"plain{key}"))
-    # Both failures of a micro-batch, in each of four.
-    assert [len(rescues(one)) for one in found] == [0, 8]
+    # Three failures of each of four.
+    assert [len(rescues(one)) for one in found] == [0, 12]
     assert rescues(found[1])[0].startswith("step 1 on rank 1 of 2: micro-batch 1 ran out of memory in forward;")
 
 
@@ -59,10 +59,15 @@ def test_a_window_is_run_again_where_gradients_are_not_averaged_yet(named):
     assert "all 2 since the last step were run again" in rescues(found[0])[0]
 
 
+def test_buffers_that_the_first_rank_sends_are_those_that_were_sent(named):
+    assert_same(named("buffers"), named("plain, buffers"))
+    assert [len(rescues(one)) for one in named("buffers")] == [0, 3]
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("buffers", "a collective has run, which the other ranks do not run twice"),
+        ("awaited", "DDP waits for its gradients, and would average those of the micro-batches before it instead"),
         ("gathered before", "a collective has run, which the other ranks do not run twice"),
         ("fsdp", "under FSDP every forward gathers weights from all ranks"),
     ],

@@ -24,7 +24,11 @@ class Rescued(Auto, CheckpointedTrainer):
     def compute_loss(self, *args, **kwargs):
         failures = self.failures
         self.fails(failures, "before")
-        loss = super().compute_loss(*args, **kwargs)
+        hook = self.model.lm_head.register_forward_pre_hook(lambda *_: self.fails(failures, "within"))
+        try:
+            loss = super().compute_loss(*args, **kwargs)
+        finally:
+            hook.remove()
         random.random()
         if self.gathers:
             self.accelerator.gather(loss.detach().view(1))
@@ -74,13 +78,15 @@ def main(folder):
         # Buckets are laid out anew in the second forward where nobody looks for unused parameters.
         flags = {"ddp_find_unused_parameters": False, **flags}
         keep(f"plain{key}", {}, **flags)
-        places = {(step, place): ONE for step in range(1, 5) for place in ("before", "after")}
+        places = {(step, place): ONE for step in range(1, 5) for place in ("before", "within", "after")}
         keep(f"forward{key}", places, **flags)
     window = {"gradient_accumulation_steps": 2}
     keep("plain, accumulated", {}, **window)
-    places = {(1, "backward"): ONE, (2, "after"): (0,), (3, "after"): BOTH, (4, "after"): ONE, (5, "backward"): (0,)}
+    places = {(1, "backward"): ONE, (2, "within"): (0,), (3, "after"): BOTH, (4, "before"): ONE, (5, "backward"): (0,)}
     keep("accumulated", places, **window)
-    keep("buffers", {(2, "after"): BOTH}, with_statistics)
+    keep("plain, buffers", {}, with_statistics, **window)
+    keep("buffers", {(3, "within"): ONE, (4, "within"): ONE, (5, "before"): ONE}, with_statistics, **window)
+    keep("awaited", {(2, "after"): BOTH}, **window)
     keep("gathered before", {(2, "before"): BOTH}, gathers=True, **window)
     keep("fsdp", {(2, "after"): BOTH}, **fsdp())
     results.write(folder)
