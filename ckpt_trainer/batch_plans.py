@@ -4,8 +4,9 @@
 on the model, watches those steps that the planner wants measured, and lets blocks be probed when such a step is over. What
 the optimizer takes is seen by the hooks that every optimizer of torch has.
 
-NOTE on modes. On a host bytes are counted by a dispatch mode. It goes on when the forward begins, and off within the last
-callback of backward, or with the next forward where there was no backward.
+NOTE on modes. Ops and, on a host, bytes are counted by dispatch modes. They go on when the forward begins. The last callback
+of backward ends what is counted, but cannot take them off: autograd puts back the modes that there were when backward
+began. They go off with the end of the step, the optimizer or the next forward, whichever is first.
 """
 
 from __future__ import annotations
@@ -227,7 +228,7 @@ class BatchPlans:
         if self._watch is not None and not self._watch.has_ended:
             self._watch.has_ended = True
             self._watch.notes.__exit__(None, None, None)
-            self._watch.step.__exit__(None, None, None)
+            self._watch.step.end()
 
     def _drop(self) -> None:
         """End what is being measured without learning from it."""
@@ -235,6 +236,8 @@ class BatchPlans:
             meter, self._optimizer_meter = self._optimizer_meter, None
             meter.__exit__(None, None, None)
         self._end_backward()
+        if self._watch is not None:
+            self._watch.step.__exit__(None, None, None)
         self._watch = None
 
     def conclude(self) -> None:
@@ -243,6 +246,7 @@ class BatchPlans:
         if watch is None or not watch.has_ended:
             return
         self._watch = None
+        watch.step.__exit__(None, None, None)
         step = self._read(watch)
         if step is None:
             return

@@ -111,6 +111,7 @@ def live_costs(sample: Sample, gradients: StepBytes, names: Sequence[str], link:
         gradients_are_there=sample.gradients_are_there,
         host_budget_bytes=link.host_bytes,
         link_bytes_per_second=link.bytes_per_second,
+        other_seconds=step.other_seconds,
     )
 
 

@@ -31,7 +31,7 @@ from ckpt_trainer.kbit import following_autocast, quantization_of, without_kept_
 from ckpt_trainer.log import logger
 from ckpt_trainer.offload import Offloading
 from ckpt_trainer.plan import Action, Plan, Settings
-from ckpt_trainer.policies import BlockPolicy, free_blocks, make_plan
+from ckpt_trainer.policies import BlockPolicy, free_blocks, make_plan, remembering
 from ckpt_trainer.prepare import (
     UseCache,
     input_grads,
@@ -112,8 +112,9 @@ class Checkpointing:
 
     def _carry_out(self) -> None:
         self._trainable = [block.trainable for block in self.blocks]
-        self.plan: Plan = make_plan(self.blocks, self.settings, self._policy)
-        may_move = self.plan.sizes or free_blocks(self.blocks, self.settings, self._policy)
+        policy = remembering(self._policy)
+        self.plan: Plan = make_plan(self.blocks, self.settings, policy)
+        may_move = self.plan.sizes or free_blocks(self.blocks, self.settings, policy)
         if self._offloading is None and (self._moves or may_move):
             self._offloading = offloading_of(self.settings)
         if self._replays_reentrant:
@@ -125,7 +126,9 @@ class Checkpointing:
         self._runners = Runners(self.blocks, self.settings, self.tally, self._offloading)
         self._made: dict[tuple[Action, ...], Installed] = {}
         self._installed = self._install(self.plan)
-        self._batches = self._batch_plans()
+        if self._batches is not None:
+            self._batches.release()
+        self._batches = self._batch_plans(policy)
         self.oom_retries = self.settings.oom_retries if self._batches is not None else 0
         if isinstance(self.model, nn.DataParallel) and self.plan.is_active:
             raise ValueError(
@@ -150,9 +153,9 @@ class Checkpointing:
             self._made[actions] = Installed(*carried, self._compiled, self._left_by_compiler)
         return self._made[actions]
 
-    def _batch_plans(self) -> BatchPlans | None:
+    def _batch_plans(self, policy: BlockPolicy | None) -> BatchPlans | None:
         """What chooses a plan for each micro-batch: in mode `auto`, or where a plan has several."""
-        free = free_blocks(self.blocks, self.settings, self._policy)
+        free = free_blocks(self.blocks, self.settings, policy)
         if not free and not self.plan.sizes:
             return None
         why = self._why_not_auto()
@@ -167,6 +170,15 @@ class Checkpointing:
             self._say(logging.INFO, auto_lines.start_line(allowed, self.settings.budget, len(free)))
         parts = self._runners, device_of(where), self._swap, self._say
         return BatchPlans(self.model, self.blocks, free, planner, *parts)
+
+    def make_leaner(self, attempt: int, retries: int) -> None:
+        """The micro-batch that just failed gets a leaner plan, with the last of the retries the leanest there is."""
+        if self._batches is not None:
+            self._batches.make_leaner(1 - attempt / retries)
+
+    def explain_out_of_memory(self, error: BaseException) -> str:
+        """What the micro-batch that just failed needed, and what would fit."""
+        return self._batches.explain_out_of_memory() if self._batches is not None else ""
 
     def _link(self, where: torch.device) -> Link:
         """The way to host memory, if there is one."""
@@ -313,7 +325,9 @@ class Checkpointing:
     def report(self) -> dict[str, Any]:
         """What was done so far, as plain data; see `report.memory_report`."""
         by_compiler = compiled.as_data(self.plan, self.settings, self._compiled)
-        measured = self.recomputable_share, self._offload_report(), by_compiler
+        # FLOPs of one step say nothing of others where plans differ.
+        share = self.recomputable_share if self._batches is None else None
+        measured = share, self._offload_report(), by_compiler
         found = report.memory_report(self.plan, self.blocks, self.tally, *measured)
         if self._batches is None:
             return {**found, "auto": None}
@@ -333,6 +347,11 @@ class Checkpointing:
             self._offloading.release()
         if self._batches is not None:
             self._batches.release()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is done to any block, in this step or another."""
+        return self.plan.is_active or self._batches is not None
 
     @property
     def is_used(self) -> bool:

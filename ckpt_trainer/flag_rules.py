@@ -51,6 +51,8 @@ def _who_says_selective(settings: Settings) -> str | None:
     if settings.mode == "offload" and settings.offload_save in TIERS:
         return f"checkpointing_offload_save={settings.offload_save!r}"
     for part in settings.modules:
+        if part.mode == "auto":
+            return f"'auto' in checkpointing_modules[{part.name!r}]"
         if _action(part, settings).kind == "selective":
             said = "selective" if part.mode == "selective" else f"offload:{part.offload_save}"
             return f"{said!r} in checkpointing_modules[{part.name!r}]"
@@ -77,7 +79,8 @@ def without_effect(settings: Settings, said: Collection[str], kwargs: str) -> li
     else:
         parts, actions = [], list(settings.plan.actions.values())
     modes = {part.mode for part in parts}
-    idle = [f"{flag} (of mode 'auto')" for flag in _OF_AUTO if flag in said and "auto" not in modes]
+    is_auto = "auto" in modes or (settings.plan is not None and bool(settings.plan.sizes))
+    idle = [f"{flag} (of mode 'auto')" for flag in _OF_AUTO if flag in said and not is_auto]
     if all(action.does_nothing for action in actions):
         every = ("checkpointing_every_n", "checkpointing_modules")
         idle += [name for name in (kwargs, *every) if name and name in (kwargs, *said)]
@@ -85,8 +88,10 @@ def without_effect(settings: Settings, said: Collection[str], kwargs: str) -> li
         idle.append("checkpointing_every_n (of modes that are not 'auto')")
     if "checkpointing_save" in said and not any(p.mode == "selective" and p.save == settings.save for p in parts):
         idle.append("checkpointing_save (of mode 'selective')")
-    recomputed = {action.kind for action in actions} if modes != {"auto"} else set()
-    if "checkpointing_segment" in said and "recompute" not in recomputed:
+    kinds = {_action(part, settings).kind for part in parts if part.mode != "auto"} if parts else {a.kind for a in actions}
+    if "checkpointing_segment" in said and "auto" in modes and "recompute" in kinds:
+        idle.append("checkpointing_segment (beside mode 'auto')")
+    elif "checkpointing_segment" in said and "recompute" not in kinds:
         idle.append("checkpointing_segment (of mode 'full', or 'offload' with inputs)")
     elif "checkpointing_segment" in said and settings.every_n != 1 and settings.plan is None:
         idle.append("checkpointing_segment (with every_n there are no recomputed blocks in a row)")
@@ -97,7 +102,9 @@ def _without_effect_on_offload(
     settings: Settings, said: Collection[str], parts: Collection[Part], places: Collection[str]
 ) -> list[str]:
     if any(part.mode == "auto" for part in parts):  # what it moves, and whether, it decides itself
-        return [f"{flag} (of mode 'offload')" for flag in ("checkpointing_offload_save",) if flag in said]
+        used = any(part.mode == "offload" and part.offload_save == settings.offload_save for part in parts)
+        idle_save = "checkpointing_offload_save" in said and not used
+        return ["checkpointing_offload_save (of mode 'offload')"] if idle_save else []
     if not set(places) - {"device"}:
         return [f"{flag} (of mode 'offload', or a policy's)" for flag in _OF_OFFLOAD if flag in said]
     idle = {

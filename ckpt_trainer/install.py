@@ -237,6 +237,8 @@ class Selection:
 
 def _segments(blocks: Sequence[Block], plan: Plan, settings: Settings) -> dict[str, Segments]:
     """Stack -> its segments, where more than one block share a stored input."""
+    if settings.plan is None and "auto" in (settings.mode, *(part.mode for part in settings.modules)):
+        return {}  # what a block stores must not depend on the plan of the one before it
     numbers = Counter(block.stack for block in blocks if plan[block.name].kind == "recompute")
     lengths = {stack: segment_length(settings.segment, number) for stack, number in numbers.items()}
     return {stack: Segments(length) for stack, length in lengths.items() if length > 1}

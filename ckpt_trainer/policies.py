@@ -118,6 +118,20 @@ def check_policy(policy: Any, settings: Settings) -> None:
         raise ValueError("checkpointing_plan and checkpointing_policy both say what is done to each block. Remove one.")
 
 
+def remembering(policy: BlockPolicy | None) -> BlockPolicy | None:
+    """A policy that asks another once for each block; what is no policy as it is."""
+    if policy is None or not callable(policy):
+        return policy
+    answers: dict[str, Action | str | None] = {}
+
+    def ask(block: Block) -> Action | str | None:
+        if block.name not in answers:
+            answers[block.name] = policy(block)
+        return answers[block.name]
+
+    return ask
+
+
 def _plan_of_modes(blocks: Sequence[Block], settings: Settings) -> Plan:
     everywhere = Part("*", settings.mode, settings.save, settings.offload_save)
     parts = _parts_by_block(blocks, settings, everywhere)

@@ -180,7 +180,9 @@ class Rescue:
         return f"step {self._trainer.state.global_step + 1}" + (f" on rank {rank} of {ranks}" if ranks > 1 else "")
 
     def _warn(self, text: str) -> None:
-        if self._trainer.args.get_process_log_level() <= logging.WARNING:
+        args = self._trainer.args
+        # Only a level that the user set hides it, on any rank.
+        if args.log_level == "passive" or args.get_process_log_level() <= logging.WARNING:
             logger.warning(f"{self._where()}: {text}")
 
     # What is called between forward and the end of a step, replaced on the instance while training.

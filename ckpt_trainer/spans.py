@@ -59,18 +59,24 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
     def __init__(self, live: Meter, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.spans: list[Span] = []
+        self.is_over = False
         self._live = live
         self._waiting: Span | None = None
+        self._is_over = False
         self._without = [parameter for parameter in parameters if parameter.requires_grad and parameter.grad is None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "prim":
+        if func.namespace == "prim" or self._is_over:
             return func(*args, **(kwargs or {}))
         self._begin_waiting()
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def begin(self, name: str, backward: bool = False, *, soon: bool = False) -> None:
         """End a span and begin another; with `soon`, at the next op, when what the caller held until then is gone."""
+        if self._is_over:
+            return  # hooks on tensors stay: a graph may be kept, and run again
+        if self.is_over:
+            return
         self._begin_waiting()
         span = Span(name, backward, 0)
         if soon:
@@ -79,8 +85,13 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
             self._begin(span)
 
     def end(self) -> None:
-        """End the last span."""
-        self._begin_waiting()
+        """End the last span; none begins any more."""
+        if not self._is_over:
+            self._begin_waiting()
+            self._end_last()
+            self._is_over = True
+
+    def _end_last(self) -> None:
         last = self.spans[-1]
         last.peak, last.work = max(last.start, self._live.peak), self.work
         if last.backward:
@@ -95,7 +106,7 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
 
     def _begin(self, span: Span) -> None:
         if self.spans:
-            self.end()
+            self._end_last()
         span.start = self._live.current
         self._live.reset_peak()
         self.work = Counter()
@@ -149,8 +160,12 @@ class WatchedStep:
         """The forward of the model is over."""
         self._cutter.begin(HEAD_BACKWARD, backward=True)
 
-    def __exit__(self, *error: object) -> None:
+    def end(self) -> None:
+        """What runs from here on is no part of the step."""
         self._cutter.end()
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
         self._stack.close()
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:

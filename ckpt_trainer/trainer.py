@@ -196,6 +196,8 @@ class CheckpointingMixin(_Base):
 
     def _checkpointing_of(self, model: nn.Module) -> Checkpointing:
         if self._checkpointing is None or self._checkpointing.model is not model:
+            if self._checkpointing is not None:
+                self._checkpointing.release()
             memory.reset_peak(self.args.device)
             log_from = self._checkpointing_log_from()
             self._checkpointing = Checkpointing(model, settings_of(self.args), log_from, self._checkpointing_policy)
@@ -209,7 +211,7 @@ class CheckpointingMixin(_Base):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         state = self._checkpointing
-        if "loss" in logs and state is not None and state.plan.is_active:
+        if "loss" in logs and state is not None and state.is_active:
             if not state.is_used:
                 state.warn_unused(type(self).__name__)
             logs = {**logs, **self._checkpointing_metrics(state)}

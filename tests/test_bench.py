@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tiny_models import llama
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ckpt_trainer.bench import bench
 from ckpt_trainer.cli import main
@@ -132,6 +133,8 @@ class TestOptions:
         auto = by_label(found)["auto"]
         assert by_label(whole)["full"].peak_bytes < auto.peak_bytes <= budget
         assert found.exact["auto"]
+        # What measured the steps of auto is gone, or all that comes after is slower.
+        assert _get_current_dispatch_mode_stack() == []
 
     def test_lora(self, path):
         found = by_label(bench(path, **SIZES, lora=2, modes=["full", "transformers"]))

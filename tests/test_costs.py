@@ -18,6 +18,7 @@ from ckpt_trainer.step_costs import BlockCost, Option, StepCosts, peak_of
 
 MATMUL = Action("selective", save=("matmul",))
 NUM_BUDGETS = 8
+ROWS = 6  # times those of the batch, so that blocks weigh more than the optimizer
 
 
 def lora(dropout=0.1):
@@ -33,7 +34,8 @@ class Training:
 
     def __init__(self, name, live=True):
         self.model = MODELS[name]()
-        self.batch = CASES[name if name in CASES else "llama"].batch()
+        batch = CASES[name if name in CASES else "llama"].batch()
+        self.batch = {key: torch.cat([value] * ROWS) for key, value in batch.items()}
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-3, foreach=False)
         self.live = LiveBytes(self.model, *self.batch.values()) if live else None
@@ -71,29 +73,40 @@ def set_budget(planner, budget):
     planner._forget_choices()
 
 
+def without_cache(model):
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config.use_cache = False
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_peak_is_as_predicted_and_in_the_budget_at_eight_budgets(name):
     logging.getLogger("ckpt_trainer").setLevel(logging.ERROR)
     low, high = range_of(name)
-    training, errors, plans = Training(name), [], []
-    with training.live, checkpointing(training.model, mode="auto", budget=low + 4000) as state:
+    training, errors, firsts, plans = Training(name), [], [], []
+    with training.live, checkpointing(training.model, mode="auto", budget=low) as state:
         training.step()
         assert training.peaks[0] <= low
         planner = state._batches.planner
         for number in range(NUM_BUDGETS):
-            budget = low + 4000 + (high - low) * number // (NUM_BUDGETS - 1)
+            budget = low + (high - low) * number // (NUM_BUDGETS - 1)
             set_budget(planner, budget)
-            for _ in range(3):
+            for attempt in range(6):
                 training.step()
                 choice = state._batches.current
-                errors.append(abs(training.peaks[-1] - choice.peak.bytes) / training.peaks[-1])
-                print(name, number, "low", low, "budget", budget, training.peaks[-1], choice.peak, errors[-1], choice.measures)
+                error = abs(training.peaks[-1] - choice.peak.bytes) / training.peaks[-1]
+                firsts += [error] if attempt == 0 else []
                 assert training.peaks[-1] <= budget
+                if state._batches._watch is None and error < 0.01:
+                    break
+            errors.append(error)
             plans.append(state.plan)
-    print(name, "max error", max(errors), "plans", len({str(plan) for plan in plans}))
+    print(name, low, high, "first error", max(firsts), "max error", max(errors), "plans", len({str(plan) for plan in plans}), "steps", len(training.losses))
     assert max(errors) < 0.01
+    assert max(firsts) < 0.05
+    assert len({str(plan) for plan in plans}) >= 4
     plain = Training(name)
-    with plain.live, checkpointing(plain.model, mode="none", use_cache=False):
+    without_cache(plain.model)
+    with plain.live, checkpointing(plain.model, mode="none"):
         for _ in training.losses:
             plain.step()
     assert plain.losses == training.losses

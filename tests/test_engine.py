@@ -52,9 +52,41 @@ def test_a_loop_of_ones_own():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize(("budget", "replays"), [(None, 4), ("0B", 16), ("700KiB", None)])
+def test_by_default_a_loop_of_ones_own_gets_a_plan_for_each_size(budget, replays):
+    def train(model, state=None):
+        optimizer, found = torch.optim.AdamW(model.parameters()), []
+        for length in (12, 12, 6, 12):
+            torch.manual_seed(1)
+            model.train()
+            loss = model(**{key: value[:, :length] for key, value in batch().items()}).loss
+            loss.backward()
+            found += [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+            optimizer.step()
+            assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+            optimizer.zero_grad()
+            model.eval()
+            found.append(model.generate(batch()["input_ids"][:, :4], max_new_tokens=4, do_sample=False, use_cache=True))
+        return found
+
+    kept, model = train(llama(use_cache=False)), llama()
+    with checkpointing(model, budget=budget) as state:
+        assert model.config.use_cache is False
+        ours = train(model)
+    assert_equal(kept, ours)
+    report = state.report()
+    sizes = report["auto"]["sizes"]
+    print(sizes, report["calls"], report["recomputed_blocks"])
+    assert [size["inputs"]["input_ids"] for size in sizes] == [[2, 12], [2, 6]]
+    assert replays is None or report["recomputed_blocks"] == replays
+    assert model.config.use_cache is True
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_mode_that_does_not_exist():
     with (
-        pytest.raises(ValueError, match="checkpointing_mode='ful' is not one of full, none"),
+        pytest.raises(ValueError, match="checkpointing_mode='ful' is not one of auto, full, none"),
         checkpointing(llama(), mode="ful"),
     ):
         pass
@@ -66,7 +98,7 @@ def test_an_option_that_does_not_exist():
 
 
 def test_modules_may_be_a_dict():
-    with checkpointing(llama(), modules={"model.layers.0": "none"}) as state:
+    with checkpointing(llama(), "full", modules={"model.layers.0": "none"}) as state:
         assert state.plan.count("recompute") == 3
 
 
@@ -74,7 +106,7 @@ def test_the_forward_of_a_block_is_given_back():
     model = llama(2)
     mine = model.model.layers[0].forward
     model.model.layers[0].forward = mine
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         assert model.model.layers[0].forward is not mine
     assert model.model.layers[0].forward is mine
     assert "forward" not in vars(model.model.layers[1])
@@ -83,7 +115,7 @@ def test_the_forward_of_a_block_is_given_back():
 def test_state_dict_names_classes_and_copies_are_untouched_while_in_force():
     model = llama(2)
     names, classes = list(model.state_dict()), [type(module) for module in model.modules()]
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         assert list(model.state_dict()) == names
         assert [type(module) for module in model.modules()] == classes
 
@@ -91,7 +123,7 @@ def test_state_dict_names_classes_and_copies_are_untouched_while_in_force():
 def test_hooks_on_a_block_run_once():
     model, calls = llama(2), []
     model.model.layers[0].register_forward_hook(lambda *args: calls.append("forward"))
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         step(model)
     assert calls == ["forward"]
 
@@ -113,7 +145,7 @@ def test_share_of_flops_recomputed_is_what_is_counted():
         model(**batch())
     with FlopCounter() as plain:
         step(model)
-    with checkpointing(model) as state, FlopCounter() as replayed:
+    with checkpointing(model, "full") as state, FlopCounter() as replayed:
         step(model)
     hidden, inner, tokens = 32, 64, 24
     unused = 4 * 2 * tokens * hidden * inner  # early stop: the last matmul of each block is not run again
@@ -130,7 +162,7 @@ def test_top_two_of_eight_layers_cost_what_they_cost_without_checkpointing():
         with FlopCounter() as counter:
             if not checkpointed:
                 return step(model), counter.total
-            with checkpointing(model) as state:
+            with checkpointing(model, "full") as state:
                 result = step(model)
         assert state.tally.calls == {"no graph": 6, "recompute": 2}
         return result, counter.total
@@ -207,7 +239,7 @@ def test_the_same_model_is_right_without_reentrant():
     model = Chain(Aside)
     kept = copy.deepcopy(model)
     kept(torch.ones(2, 4)).backward()
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         model(torch.ones(2, 4)).backward()
     assert_equal([p.grad for p in kept.parameters()], [p.grad for p in model.parameters()])
 
@@ -227,7 +259,7 @@ class Unused(Aside):
 
 def test_a_parameter_that_takes_no_part_is_a_warning_without_reentrant(caplog):
     model = Chain(Unused)
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         model(torch.ones(2, 4)).backward()
     assert "no gradient to layers.0 (2 parameters), layers.1 (2 parameters)" in caplog.text
     assert "Recomputing is not the cause" in caplog.text
@@ -239,7 +271,7 @@ def test_no_warning_where_all_is_well_or_a_module_did_not_run(caplog):
             return x + self.main(x)
 
     model = Chain(Idle)
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         model(torch.ones(2, 4)).backward()
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
@@ -274,7 +306,8 @@ class Drifts(nn.Module):
 
 def test_a_replay_that_does_not_match_names_its_block():
     model = Chain(Drifts)
-    with pytest.raises(CheckpointError, match=r"block 'layers\.2' gave other tensors") as raised, checkpointing(model):
+    named = pytest.raises(CheckpointError, match=r"block 'layers\.2' gave other tensors")
+    with named as raised, checkpointing(model, "full"):
         loss = model(torch.ones(2, 4))
         Drifts.size = 2
         try:
@@ -301,7 +334,7 @@ def test_the_causes_named_fit_the_block():
             return self.router(x)
 
     model = Chain(Moe)
-    with pytest.raises(CheckpointError, match="its router chose other experts"), checkpointing(model):
+    with pytest.raises(CheckpointError, match="its router chose other experts"), checkpointing(model, "full"):
         loss = model(torch.ones(2, 4))
         Drifts.size = 2
         try:
@@ -312,7 +345,7 @@ def test_the_causes_named_fit_the_block():
 
 def test_a_report_before_and_after():
     model = CASES["llava"].build()
-    with checkpointing(model, modules={"vision": "none"}) as state:
+    with checkpointing(model, "full", modules={"vision": "none"}) as state:
         before = state.report()
         model(**CASES["llava"].batch()).loss.backward()
     after = state.report()
@@ -328,7 +361,7 @@ def test_a_report_before_and_after():
 def test_the_first_line_counts_by_part_and_says_why_not(caplog):
     model = CASES["llava"].build()
     model.model.vision_tower.requires_grad_(False)
-    with checkpointing(model, modules={"text": "none"}):
+    with checkpointing(model, "full", modules={"text": "none"}):
         pass
     text = caplog.records[0].getMessage()
     assert "0/3 vision blocks recomputed (3 frozen, if a gradient passes)" in text
@@ -360,7 +393,7 @@ def test_a_user_graph_through_frozen_blocks_is_kept():
         return embeds.grad
 
     kept = gradient()
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         assert torch.equal(kept, gradient())
 
 
@@ -371,7 +404,7 @@ def test_inputs_require_grad_where_asked_also_without_embeddings(build, input_gr
     inputs = {Chain: {"x": torch.ones(2, 4)}}.get(type(model)) or (
         CASES["vit"].batch() if "ViT" in type(model).__name__ else batch()
     )
-    with checkpointing(model, input_grads=input_grads) as state:
+    with checkpointing(model, "full", input_grads=input_grads) as state:
         model(**inputs)
     assert state.tally.calls == calls
 
@@ -386,7 +419,7 @@ def test_reentrant_with_inputs_that_never_require_grad_is_refused():
 
 def test_evaluation_in_the_middle_is_left_alone():
     model = llama(2)
-    with checkpointing(model) as state:
+    with checkpointing(model, "full") as state:
         step(model)
         model.eval()
         with torch.no_grad():
@@ -397,7 +430,7 @@ def test_evaluation_in_the_middle_is_left_alone():
 
 def test_a_cache_that_keeps_blocks_from_being_recomputed_is_said(caplog):
     model = llama(2)
-    with checkpointing(model) as state:
+    with checkpointing(model, "full") as state:
         model(**batch(), use_cache=True).loss.backward()
     assert state.tally.calls == {"got a key/value cache": 2}
     assert "2 calls of blocks got a key/value cache and were kept" in caplog.text
@@ -406,7 +439,7 @@ def test_a_cache_that_keeps_blocks_from_being_recomputed_is_said(caplog):
 def test_a_plan_without_effect_is_said(caplog):
     model = llama(2).requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         step(model)
     assert "2 blocks were to be recomputed and none was. Their calls in the first step: 2 no graph." in caplog.text
 
@@ -414,7 +447,7 @@ def test_a_plan_without_effect_is_said(caplog):
 @pytest.mark.parametrize(("dropout", "warned"), [(0.1, True), (0.0, False)])
 def test_random_numbers_that_are_not_restored_are_a_warning(caplog, dropout, warned):
     model = llama(2, dropout=dropout)
-    with checkpointing(model, preserve_rng_state=False):
+    with checkpointing(model, "full", preserve_rng_state=False):
         step(model)
     assert ("2 blocks draw random numbers (model.layers.0, ...)" in caplog.text) == warned
 
@@ -426,7 +459,7 @@ def test_no_graph_break_and_equal_gradients_when_compiled():
         model = llama(2, dropout=0.0, use_cache=False)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         if checkpointed:
-            with checkpointing(compiled):
+            with checkpointing(compiled, "full"):
                 compiled(**batch()).loss.backward()
         else:
             compiled(**batch()).loss.backward()
@@ -446,7 +479,7 @@ def test_reentrant_is_refused_for_what_a_call_asks_for():
 def test_hooks_of_others_that_are_off_are_said(caplog):
     model = llama(2)
     model.enable_input_require_grads()
-    with checkpointing(model):
+    with checkpointing(model, "full"):
         pass
     assert "the one of others taken off in each step (checkpointing_skip_frozen)" in caplog.text
 
@@ -464,7 +497,7 @@ def test_a_loop_is_told_of_lost_gradients_after_its_first_backward():
 def test_share_of_flops_does_not_grow_with_the_length_of_a_loop():
     model = llama(2, use_cache=False)
     shares = []
-    with checkpointing(model) as state:
+    with checkpointing(model, "full") as state:
         for _ in range(3):
             step(model)
             shares.append(state.report()["recomputed_flops_share"])
@@ -474,7 +507,7 @@ def test_share_of_flops_does_not_grow_with_the_length_of_a_loop():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_made_within_a_step_is_not_under_the_plan(copied):
     model = llama(2, dropout=0.0, use_cache=False)
-    with checkpointing(model) as state:
+    with checkpointing(model, "full") as state:
         teacher = copied(model)
         step(model)
         assert state.tally.checkpointed == {"model.layers.0": 1, "model.layers.1": 1}
@@ -505,7 +538,7 @@ def test_a_list_that_is_appended_to_after_the_call():
     model = Dense(TakesList)
     kept = copy.deepcopy(model)
     kept(torch.ones(2, 4)).backward()
-    with checkpointing(model) as state:
+    with checkpointing(model, "full") as state:
         model(torch.ones(2, 4)).backward()
     assert sum(state.tally.replays.values()) == 3
     assert_equal([p.grad for p in kept.parameters()], [p.grad for p in model.parameters()])
@@ -513,7 +546,7 @@ def test_a_list_that_is_appended_to_after_the_call():
 
 def test_a_dropped_graph_of_blocks_that_share_values_is_freed():
     model, inputs = CASES["gemma3n"].build(), CASES["gemma3n"].batch()
-    with checkpointing(model), SavedBytes(model) as saved:
+    with checkpointing(model, "full"), SavedBytes(model) as saved:
         output = model(**inputs)
         assert saved.bytes > 0
         del output
@@ -525,7 +558,7 @@ def test_evaluation_mode_between_forward_and_backward():
     def gradients(checkpointed):
         model = llama(2, use_cache=False)
         torch.manual_seed(1)
-        with checkpointing(model) if checkpointed else nullcontext():
+        with checkpointing(model, "full") if checkpointed else nullcontext():
             loss = model(**batch()).loss
             model.eval()
             loss.backward()

@@ -14,8 +14,8 @@ from ckpt_trainer.fake_costs import ACTIONS, Conditions, fake_costs
 from ckpt_trainer.largest import Axis, costs_between, largest_sizes
 from ckpt_trainer.model_configs import batch_of, build_model, config_of
 from ckpt_trainer.optimizers import optimizer_named
-from ckpt_trainer.plan import KEEP, RECOMPUTE
-from ckpt_trainer.predicted_rows import ALL_MODES, AUTO, options_under, plans_of
+from ckpt_trainer.plan import KEEP, RECOMPUTE, Plan
+from ckpt_trainer.predicted_rows import ALL_MODES, AUTO, options_under, plans_of, rows_of
 from ckpt_trainer.step_costs import PHASES, BlockCost, Option, StepCosts, peak_of
 from ckpt_trainer.without_weights import NeedsValues
 
@@ -91,6 +91,15 @@ def test_what_a_peak_consists_of(tmp_path):
             assert (row.part_bytes["gradients"] == weights) == accumulate
         assert found.rows[0].where == "head and loss"
         assert found.rows[0].part_bytes["logits and loss"] > 3 * 128 * 512 * 4
+
+
+def test_gradients_that_were_there_before_a_block():
+    blocks = [BlockCost(name, (Option(KEEP, 5, 5, most),), gradient_bytes=10) for name, most in (("0", 100), ("1", 9))]
+    costs = StepCosts(tuple(blocks), resident_bytes=50, head_gradient_bytes=7)
+    (row,) = rows_of(costs, {"none": Plan({"0": KEEP, "1": KEEP})}, ["none"], 10**9, 20)
+    assert (row.peak_bytes, row.where) == (167, "backward of 0")
+    assert list(row.part_bytes.values()) == [20, 17, 30, 100, 0]
+    assert row.slowdown is None
 
 
 def test_llama_8b(tmp_path):

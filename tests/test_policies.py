@@ -94,7 +94,7 @@ def test_each_part_moves_what_it_says():
 
 def test_every_n_counts_each_stack_by_itself():
     some = blocks(("v", "vision", 3), ("l", "text", 4))
-    plan = make_plan(some, Settings(every_n=2))
+    plan = make_plan(some, Settings("full", every_n=2))
     assert kinds(plan) == ["recompute", "keep", "recompute", "recompute", "keep", "recompute", "keep"]
     assert plan["v.1"].reason == "every_n=2"
     chosen = make_plan(some, Settings(mode="selective", save=("mm",), every_n=3))
@@ -112,7 +112,7 @@ def test_every_n_counts_each_stack_by_itself():
     ids=str,
 )  # fmt: skip
 def test_parts_follow_the_first_key_that_names_them(modules, expected):
-    plan = make_plan(blocks(("v", "vision", 2), ("l", "text", 2)), Settings(modules=parts(*modules)))
+    plan = make_plan(blocks(("v", "vision", 2), ("l", "text", 2)), Settings("full", modules=parts(*modules)))
     assert "".join(kind[0] for kind in kinds(plan)) == expected
 
 
@@ -144,7 +144,7 @@ def test_a_key_that_names_nothing_lists_what_is_there():
 def test_frozen_blocks_say_so():
     model = llama(2)
     model.model.layers[0].requires_grad_(False)
-    plan = make_plan(find_blocks(model), Settings())
+    plan = make_plan(find_blocks(model), Settings("full"))
     assert texts(plan) == ["recompute (frozen, if a gradient passes)", "recompute"]
     plan = make_plan(find_blocks(model), Settings(mode="selective", save=("mm",)))
     assert texts(plan) == ["selective:mm (frozen, if a gradient passes)", "selective:mm"]
@@ -216,7 +216,7 @@ def test_a_policy_is_asked_once_for_each_block_in_order():
 
 def test_where_a_policy_says_nothing_modules_and_every_n_hold():
     some = blocks(("v", "vision", 2), ("l", "text", 3))
-    settings = Settings(every_n=2, modules=parts(("vision", "selective")))
+    settings = Settings("full", every_n=2, modules=parts(("vision", "selective")))
     assert make_plan(some, settings, lambda block: None) == make_plan(some, settings)
     plan = make_plan(some, settings, lambda block: "recompute" if block.name in ("v.1", "l.1") else None)
     assert texts(plan) == ["selective:expensive", "recompute", "recompute", "recompute", "recompute"]
@@ -377,7 +377,10 @@ def losses(trainer):
 
 def test_a_trainer_takes_a_policy_and_does_not_pass_it_on(tmp_path):
     trainer = CheckpointedTrainer(
-        llama(3), arguments(tmp_path), train_dataset=text_dataset(8), checkpointing_policy=third_of(3)
+        llama(3),
+        arguments(tmp_path, checkpointing_mode="full"),
+        train_dataset=text_dataset(8),
+        checkpointing_policy=third_of(3),
     )
     assert trainer.memory_report()["blocks"] == {"text": {"keep": 1, "recompute": 2}}
     trainer.train()
@@ -404,7 +407,20 @@ def test_a_policy_works_with_a_model_made_late(tmp_path):
     )
     trainer.train()
     assert asked == ["model.layers.0", "model.layers.1"]
-    assert trainer.memory_report()["recomputed_blocks"] == 4
+    # In the first step; by then it is known that all of it has room.
+    assert trainer.memory_report()["recomputed_blocks"] == 2
+
+
+def test_a_policy_answers_for_its_blocks_in_mode_auto(tmp_path):
+    trainer = CheckpointedTrainer(
+        llama(3), arguments(tmp_path), train_dataset=text_dataset(8), checkpointing_policy=third_of(3)
+    )
+    trainer.train()
+    report = trainer.memory_report()
+    assert report["recomputed_by_block"] == {"model.layers.1": 1, "model.layers.2": 2}
+    assert report["plan"]["sizes"][0]["blocks"] == {
+        "model.layers.0": "keep", "model.layers.1": "keep", "model.layers.2": "recompute"
+    }  # fmt: skip
 
 
 def test_a_bad_policy_is_told_when_the_trainer_is_made(tmp_path):
@@ -547,7 +563,7 @@ def test_the_line_stays_short():
     reasons = ["a", "a", "b", "b", "c", "c", "d", "e", "f"]
     actions = {block.name: Action("keep", reason) for block, reason in zip(some, reasons, strict=False)}
     plan = Plan({**dict.fromkeys([b.name for b in some], Action("recompute", "mine")), **actions})
-    line = first_line(plan, some, Settings())
+    line = first_line(plan, some, Settings("full"))
     assert line.startswith("mode full: 3/12 text blocks recomputed (2 a, 2 b, 2 c, 3 for other reasons); ")
 
 

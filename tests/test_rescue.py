@@ -4,16 +4,21 @@ import dataclasses
 import gc
 import math
 import random
-from collections import defaultdict
+from collections import defaultdict, deque
 from types import SimpleNamespace
 
 import numpy
 import peft
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
 from failing import ERROR, NEVER, Auto, Failing, Statistics
 from tiny_models import llama, text_dataset, tokenizer
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from transformers import TrainerCallback
 
 from ckpt_trainer import (
@@ -22,8 +27,11 @@ from ckpt_trainer import (
     CheckpointTrainingArguments,
     out_of_memory,
 )
+from ckpt_trainer.collectives import Collectives, why_not_alone
 from ckpt_trainer.memory import LiveBytes
-from ckpt_trainer.out_of_memory import OutOfMemory
+from ckpt_trainer.out_of_memory import OutOfMemory, is_out_of_memory
+from ckpt_trainer.retrying import Retrying, may_be_half_done
+from ckpt_trainer.window import Attributes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -463,3 +471,114 @@ def test_a_buffer_that_is_written_late_is_not_there_again(tmp_path):
     assert "since buffer Statistics.constant was written for the first time, and there is no copy of it" in text
     # In the first window it is copied.
     assert "It was run again 3 times" in refusal(tmp_path, Own, gradient_accumulation_steps=2)
+
+
+def test_what_is_not_run_again_on_one_rank_alone():
+    assert why_not_alone(llama(1), in_backward=True) == ""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(llama(1))
+        assert why_not_alone(wrapped, in_backward=False) == ""
+        assert why_not_alone(wrapped, in_backward=True).startswith("in backward DDP averages")
+        with wrapped.no_sync():
+            assert why_not_alone(wrapped, in_backward=True) == ""
+        sharded = fully_shard(llama(1), mesh=init_device_mesh("cpu", (1,)))
+        assert why_not_alone(sharded, in_backward=False).startswith("under FSDP every forward gathers")
+        seen = Collectives(wrapped, synced=lambda: None)
+        assert not seen.ran()
+        dist.barrier()
+        assert seen.ran()
+    finally:
+        dist.destroy_process_group()
+    engine = llama(1)
+    engine.zero_optimization_stage = lambda: 0
+    assert why_not_alone(engine, in_backward=False).startswith("DeepSpeed keeps gradients")
+
+
+def test_lists_of_mixed_dtypes_may_be_half_written():
+    halves, singles = [torch.ones(2, dtype=torch.bfloat16)] * 2, [torch.ones(2)] * 2
+    multiply, add = torch.ops.aten._foreach_mul_, torch.ops.aten._foreach_add
+    assert may_be_half_done(multiply.List, (halves, singles))
+    assert not may_be_half_done(multiply.List, (singles, singles))
+    assert not may_be_half_done(multiply.Tensor, (halves, torch.tensor(2.0)))  # as in clipping
+    assert not may_be_half_done(add.List, (halves, singles))  # makes new ones
+    assert not may_be_half_done(torch.ops.aten.mul_.Tensor, (singles[0], halves[0]))
+
+    class Fails(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise torch.OutOfMemoryError(ERROR)
+
+    asked = []
+    with pytest.raises(torch.OutOfMemoryError), Fails(), Retrying(2, lambda *said: asked.append(said)):
+        torch._foreach_mul_(halves, singles)
+    assert asked == []
+    with pytest.raises(torch.OutOfMemoryError), Fails(), Retrying(2, lambda *said: asked.append(said)):
+        torch._foreach_mul_(singles, 2.0)
+    assert asked == [("aten._foreach_mul_.Scalar", 1), ("aten._foreach_mul_.Scalar", 2)]
+
+
+def test_a_mode_that_was_left_on_does_not_keep_retrying_on():
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with pytest.raises(ValueError), Retrying(1, print):
+        Other().__enter__()
+        raise ValueError
+    assert _get_current_dispatch_mode_stack() == []
+
+
+def test_compiled_functions_run_compiled():
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *args: (ran.append(1), graph(*args))[1]
+
+    double = torch.compile(lambda x: x.mul_(2), backend=backend)
+    with torch.no_grad(), Retrying(1, print) as watched:
+        double(torch.ones(3))
+    assert ran == [1]
+    assert watched.num_ops > 0
+
+
+@pytest.mark.parametrize(
+    ("error", "means"),
+    [
+        (torch.OutOfMemoryError("anything"), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("out of memory"), False),
+        (KeyboardInterrupt(), False),
+    ],
+    ids=repr,
+)
+def test_errors_that_mean_it(error, means):
+    assert is_out_of_memory(error) == means
+    wrapped = ValueError("while replaying")
+    wrapped.__cause__ = error
+    assert is_out_of_memory(wrapped) == means
+    if means:
+        assert should_reduce_batch_size(OutOfMemory("step 1: forward ran out of memory. It was run again 3 times."))
+
+
+def test_contents_are_put_back_in_place():
+    inner, queue, small = {"a": [1]}, deque([1, 2], maxlen=2), torch.zeros(2)
+    owner = {"sums": inner, "queue": queue, "small": small, "count": 1, "_checkpointing_x": 1, "train_dataset": [1]}
+    found = Attributes(owner)
+    inner["a"].append(2)
+    inner["b"] = 1
+    queue.append(3)
+    small += 1
+    owner.update({"count": 2, "new": 5, "_checkpointing_x": 2, "train_dataset": [2]})
+    found.put_back()
+    assert owner["sums"] is inner
+    assert owner["queue"] is queue
+    assert inner == {"a": [1]}
+    assert list(queue) == [1, 2]
+    assert small.tolist() == [0, 0]
+    assert owner["count"] == 1
+    assert "new" not in owner
+    assert owner["_checkpointing_x"] == 2
+    assert owner["train_dataset"] == [2]

@@ -308,7 +308,7 @@ def test_hooks_that_replace_or_change_the_hidden_state():
             tally = Tally()
             model[1].register_forward_hook(hook)
             plan = Plan(dict.fromkeys((block.name for block in blocks), kind))
-            with Installed(blocks, plan, Settings(segment=3), Runners(blocks, Settings(segment=3), tally)):
+            with Installed(blocks, plan, Settings("full", segment=3), Runners(blocks, Settings("full", segment=3), tally)):
                 model(torch.randn(4, 8)).sum().backward()
             results.append([parameter.grad for parameter in model.parameters()])
         assert equal(*results)
@@ -584,7 +584,7 @@ def train(case, change, segment=None, steps=2):
     model = without_cache(change(case.build(dropout=0.1)))
     blocks, tally = find_blocks(model), Tally()
     kind = KEEP if segment is None else RECOMPUTE
-    settings = Settings(segment=segment or 1)
+    settings = Settings("full", segment=segment or 1)
     plan = Plan(dict.fromkeys((b.name for b in blocks), kind))
     installed = Installed(blocks, plan, settings, Runners(blocks, settings, tally))
     torch.manual_seed(7)
@@ -635,7 +635,8 @@ def measure(segment):
     model, tally = llama16(), Tally()
     blocks = find_blocks(model)
     plan = Plan(dict.fromkeys((block.name for block in blocks), RECOMPUTE))
-    installed = Installed(blocks, plan, Settings(segment=segment), Runners(blocks, Settings(segment=segment), tally))
+    settings = Settings("full", segment=segment)
+    installed = Installed(blocks, plan, settings, Runners(blocks, settings, tally))
     ids = torch.randint(64, (4, 32))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

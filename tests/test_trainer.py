@@ -12,6 +12,7 @@ import torch
 import transformers
 from tiny_models import CASES, llama, text_dataset, tokenizer
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from ckpt_trainer import (
@@ -83,8 +84,12 @@ def trained(tmp_path, trainer=CheckpointedTrainer, args=CheckpointTrainingArgume
     return result
 
 
+FULL = {"checkpointing_mode": "full"}
+
 MODES = [
     {},
+    {"checkpointing_budget": "0B"},
+    {"checkpointing_budget": "900KiB", "checkpointing_mode": "auto"},
     {"checkpointing_mode": "none"},
     {"checkpointing_mode": "full"},
     {"gradient_checkpointing": True},
@@ -105,9 +110,9 @@ def test_losses_gradient_norms_and_weights_are_those_of_plain_trainer(tmp_path, 
 
 @pytest.mark.parametrize(
     ("flags", "replays"),
-    [({}, 12), ({"checkpointing_mode": "none"}, 0), ({"checkpointing_every_n": 2}, 6),
+    [(FULL, 12), ({"checkpointing_budget": "0B"}, 12), ({"checkpointing_mode": "none"}, 0), ({"checkpointing_every_n": 2}, 6),
      ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 3}}, 6),
-     ({"checkpointing_modules": {"model.layers.[01]": "none"}}, 6)],
+     ({**FULL, "checkpointing_modules": {"model.layers.[01]": "none"}}, 6)],
     ids=str,
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -124,7 +129,50 @@ def test_plain_training_arguments_mean_the_defaults(tmp_path):
     plain = trained(tmp_path, Trainer, TrainingArguments)
     ours = trained(tmp_path, args=TrainingArguments)
     assert_same_training(plain, ours)
-    assert ours.memory_report()["blocks"] == {"text": {"recompute": 4}}
+    assert ours.memory_report()["blocks"] == {"text": {"keep": 4}}
+
+
+def test_by_default_what_has_room_is_kept_from_the_second_step_on(tmp_path):
+    trainer = trained(tmp_path)
+    report = trainer.memory_report()
+    assert report["calls"] == {"recompute": 4}
+    assert report["recomputed_flops_share"] is None
+    (size,) = report["auto"]["sizes"]
+    assert size["inputs"]["input_ids"] == [4, 12]
+    assert size["actions"] == {"keep": 4}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["checkpointing/recomputed_blocks"] for entry in logged] == [4, 0, 0]
+
+
+def test_a_report_before_training_has_the_plan_that_it_begins_with(tmp_path):
+    model = llama()
+    before = state_of(model)
+    report = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(8)).memory_report()
+    assert report["blocks"] == {"text": {"recompute": 4}}
+    assert report["auto"]["sizes"] == []
+    assert (report["calls"], report["recomputed_blocks"]) == ({}, 0)
+    assert state_of(model) == before
+
+
+def test_two_trainers_in_turn_do_not_see_each_others_optimizers(tmp_path):
+    alone = trained(tmp_path, checkpointing_budget="900KiB")
+    first = CheckpointedTrainer(plain_model(), arguments(tmp_path), train_dataset=text_dataset(16))
+    found = []
+
+    class TrainsAnother(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                found.append(trained(tmp_path, checkpointing_budget="900KiB"))
+
+    first.add_callback(TrainsAnother())
+    first.train()
+    assert_same_training(alone, first)
+    assert_same_training(alone, found[0])
+    ours, theirs = alone.memory_report()["auto"], found[0].memory_report()["auto"]
+    assert ours == theirs
+    assert first.memory_report()["auto"]["optimizer_state_bytes"] == ours["optimizer_state_bytes"] > 0
+    assert not _global_optimizer_pre_hooks
+    assert not _global_optimizer_post_hooks
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
@@ -170,14 +218,13 @@ class Notes(TrainerCallback):
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
 @pytest.mark.parametrize("fail_at", [None, "train_begin", "step_begin", "step_end", "evaluate", "save", "log"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_nothing_is_on_the_model_outside_of_a_step_however_training_ends(tmp_path, fail_at, error):
+@pytest.mark.parametrize("is_full", [True, False], ids=["full", "auto"])
+def test_nothing_is_on_the_model_outside_of_a_step_however_training_ends(tmp_path, fail_at, error, is_full):
     model = llama()
     before = state_of(model)
     notes = Notes(fail_at, error)
-    args = arguments(
-        tmp_path, gradient_checkpointing=True, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
-        checkpointing_input_grads="always",
-    )  # fmt: skip
+    flags = {"gradient_checkpointing": True, "checkpointing_input_grads": "always"} if is_full else {}
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, **flags)
     data = text_dataset(16)
     trainer = CheckpointedTrainer(model, args, train_dataset=data, eval_dataset=data[:2], callbacks=[notes])
     if fail_at is None:
@@ -187,26 +234,37 @@ def test_nothing_is_on_the_model_outside_of_a_step_however_training_ends(tmp_pat
             trainer.train()
     assert notes.seen
     for where, switch, cache, state in notes.seen:
-        assert (where, switch, cache) == (where, True, True)
+        assert (where, switch, cache) == (where, is_full, True)
         assert state == before
     assert state_of(model) == before
     assert not model.training
-    assert args.gradient_checkpointing is True
+    assert bool(args.gradient_checkpointing) is is_full
+    assert not _global_optimizer_pre_hooks
+    assert not _global_optimizer_post_hooks
 
 
-def test_an_exception_in_the_forward_leaves_nothing(tmp_path):
-    model = llama()
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("flags", [{}, {"checkpointing_budget": "900KiB"}, FULL], ids=str)
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_an_exception_within_a_step_leaves_nothing(tmp_path, where, flags, fail_at):
+    model, calls = llama(), []
     before = state_of(model)
 
     def fail(*args):
-        raise KeyboardInterrupt
+        calls.append(1)
+        if len(calls) == fail_at:
+            raise KeyboardInterrupt
 
-    handle = model.model.layers[2].mlp.register_forward_pre_hook(fail)
-    trainer = CheckpointedTrainer(model, arguments(tmp_path), train_dataset=text_dataset(8))
+    norm = model.model.norm  # Outside of all blocks, so that it runs once in each step.
+    handle = norm.register_forward_pre_hook(fail) if where == "forward" else norm.register_full_backward_hook(fail)
+    trainer = CheckpointedTrainer(model, arguments(tmp_path, **flags), train_dataset=text_dataset(8))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     handle.remove()
+    assert len(calls) == fail_at
     assert state_of(model) == before
+    assert not _global_optimizer_pre_hooks
+    assert not _global_optimizer_post_hooks
     assert len(torch.utils._python_dispatch._get_current_dispatch_mode_stack()) == 0
 
 
@@ -260,8 +318,9 @@ def test_the_users_choice_between_construction_and_training_is_kept(tmp_path):
 @pytest.mark.skipif(not FIVE, reason="the argument use_cache came with transformers 5")
 def test_an_explicit_use_cache_keeps_the_cache_and_the_blocks(tmp_path):
     plain = trained(tmp_path, Trainer, TrainingArguments, model=llama(), use_cache=True)
-    ours = trained(tmp_path, model=llama(), use_cache=True)
+    ours = trained(tmp_path, model=llama(), use_cache=True, **FULL)
     assert_same_training(plain, ours)
+    assert_same_training(plain, trained(tmp_path, model=llama(), use_cache=True))
     assert ours.memory_report()["calls"] == {"got a key/value cache": 12}
 
 
@@ -305,7 +364,7 @@ def test_train_twice_and_resume(tmp_path):
 
 
 def test_each_train_begins_with_the_arguments_as_they_are_then(tmp_path):
-    trainer = trained(tmp_path)
+    trainer = trained(tmp_path, **FULL)
     assert trainer.memory_report()["recomputed_blocks"] == 12
     trainer.args.checkpointing_every_n = 2
     trainer.train()
@@ -324,7 +383,7 @@ def test_model_init_and_several_models(tmp_path):
     trainer.train()
     assert len(models) == 3
     assert [model.config.use_cache for model in models] == [True] * 3
-    assert trainer.memory_report()["recomputed_blocks"] == 12
+    assert trainer.memory_report()["recomputed_blocks"] == 4
 
 
 def test_unfreezing_during_training_is_noticed_at_the_next_step(tmp_path):
@@ -367,14 +426,22 @@ def test_a_subclass_with_its_own_constructor(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert trainer.eval_examples == [1]
-    assert trainer.memory_report()["recomputed_blocks"] == 12
+    assert trainer.memory_report()["recomputed_blocks"] == 4
 
 
 def test_the_start_is_said_in_one_line(tmp_path, caplog):
-    trained(tmp_path)
+    trained(tmp_path, **FULL)
     lines = [record.getMessage() for record in caplog.records if record.name == "ckpt_trainer"]
     assert len(lines) == 1
     assert lines[0].startswith("mode full: 4/4 text blocks recomputed; non-reentrant; use_cache off while training")
+
+
+def test_auto_says_its_budget_and_the_plan_of_each_size(tmp_path, caplog):
+    trained(tmp_path)
+    budget, start, plan = [record.getMessage() for record in caplog.records if record.name == "ckpt_trainer"]
+    assert budget.startswith("auto: budget ")
+    assert start.startswith("mode auto: 4/4 text blocks recomputed; non-reentrant; use_cache off while training")
+    assert plan.startswith("auto, input_ids 4x12: 4 keep; predicted peak ")
 
 
 class NoBlocks(nn.Module):
@@ -425,7 +492,7 @@ def test_frozen_blocks_below_the_first_trainable_parameter(tmp_path, skip_frozen
     model.model.layers[-1].requires_grad_(True)
     model.enable_input_require_grads()
     before = state_of(model)
-    ours = trained(tmp_path, model=model, checkpointing_skip_frozen=skip_frozen)
+    ours = trained(tmp_path, model=model, checkpointing_skip_frozen=skip_frozen, **FULL)
     expected = {"no graph": 9, "recompute": 3} if skip_frozen else {"recompute": 12}
     assert ours.memory_report()["calls"] == expected
     assert state_of(model) == before
@@ -434,7 +501,8 @@ def test_frozen_blocks_below_the_first_trainable_parameter(tmp_path, skip_frozen
 def test_gradient_accumulation_and_clipping(tmp_path):
     flags = {"gradient_accumulation_steps": 3, "max_grad_norm": 0.1, "max_steps": 2}
     plain = trained(tmp_path, Trainer, TrainingArguments, **flags)
-    assert_same_training(plain, trained(tmp_path, **flags))
+    for own in ({}, {"checkpointing_budget": "900KiB"}, FULL):
+        assert_same_training(plain, trained(tmp_path, **flags, **own))
 
 
 @pytest.mark.parametrize(
@@ -442,7 +510,8 @@ def test_gradient_accumulation_and_clipping(tmp_path):
 )
 def test_precision_noise_and_smoothing(tmp_path, flags):
     plain = trained(tmp_path, Trainer, TrainingArguments, **flags)
-    assert_same_training(plain, trained(tmp_path, **flags))
+    for own in ({}, {"checkpointing_budget": "900KiB"}, FULL):
+        assert_same_training(plain, trained(tmp_path, **flags, **own))
 
 
 @pytest.mark.parametrize(
@@ -504,7 +573,7 @@ def test_sequence_to_sequence_with_generation(tmp_path):
     ours, predicted = run(CheckpointedSeq2SeqTrainer, CheckpointSeq2SeqTrainingArguments)
     assert_same_training(plain, ours)
     assert (expected == predicted).all()
-    assert ours.memory_report()["recomputed_blocks"] == 15
+    assert ours.memory_report()["recomputed_blocks"] == 5
 
 
 def lora(model, **options):
@@ -516,6 +585,7 @@ def lora(model, **options):
 
 def test_lora_trains_the_same_and_saves_the_users_config(tmp_path):
     plain = trained(tmp_path, Trainer, TrainingArguments, model=lora(plain_model()))
+    assert_same_training(plain, trained(tmp_path, model=lora(plain_model()), checkpointing_budget="900KiB"))
     ours = trained(tmp_path, model=lora(plain_model()))
     assert_same_training(plain, ours)
     moved = [name for name, weight in ours.model.named_parameters() if "lora_B" in name and weight.abs().sum() > 0]
@@ -523,7 +593,7 @@ def test_lora_trains_the_same_and_saves_the_users_config(tmp_path):
 
 
 def test_lora_on_the_top_layers_recomputes_those_only(tmp_path):
-    ours = trained(tmp_path, model=lora(llama(8), layers_to_transform=[6, 7]))
+    ours = trained(tmp_path, model=lora(llama(8), layers_to_transform=[6, 7]), **FULL)
     assert ours.memory_report()["calls"] == {"no graph": 3 * 6, "recompute": 3 * 2}
     merged = ours.model.merge_and_unload()
     merged.save_pretrained(str(tmp_path / "merged"))
@@ -591,7 +661,8 @@ def test_metrics_do_not_touch_logs_of_evaluation(tmp_path):
     assert not any(key.startswith("checkpointing/") for key in trainer.evaluate())
 
 
-def test_a_batch_size_that_is_found_by_failing(tmp_path):
+@pytest.mark.parametrize(("flags", "replays"), [({"gradient_checkpointing": True}, 12), ({}, 4)], ids=str)
+def test_a_batch_size_that_is_found_by_failing(tmp_path, flags, replays):
     class TooLarge(CheckpointedTrainer):
         def training_step(self, model, inputs, *args, **kwargs):
             if inputs["input_ids"].shape[0] > 2:
@@ -602,10 +673,10 @@ def test_a_batch_size_that_is_found_by_failing(tmp_path):
     before = state_of(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        args = arguments(tmp_path, auto_find_batch_size=True, gradient_checkpointing=True)
+        args = arguments(tmp_path, auto_find_batch_size=True, **flags)
         trainer = TooLarge(model, args, train_dataset=text_dataset(8))
         trainer.train()
-    assert trainer.memory_report()["recomputed_blocks"] == 12
+    assert trainer.memory_report()["recomputed_blocks"] == replays
     assert state_of(model) == before
 
 
@@ -615,7 +686,8 @@ def test_prefix_tuning_keeps_its_blocks_and_trains_the_same(tmp_path, caplog):
         return peft.get_peft_model(plain_model(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
 
     plain = trained(tmp_path, Trainer, TrainingArguments, model=prefixed())
-    ours = trained(tmp_path, model=prefixed())
+    assert_same_training(plain, trained(tmp_path, model=prefixed()))
+    ours = trained(tmp_path, model=prefixed(), **FULL)
     assert_same_training(plain, ours)
     assert ours.memory_report()["calls"] == {"got a key/value cache": 12}
     assert "4 calls of blocks got a key/value cache and were kept" in caplog.text

@@ -10,7 +10,7 @@ import tempfile
 import pytest
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
-from ckpt_trainer.plan import OFFLOAD_SAVES, RECOMPUTE, SELECTIVE, TIERS, Action, Part, Plan, Settings
+from ckpt_trainer.plan import OFFLOAD_SAVES, RECOMPUTE, SELECTIVE, TIERS, Action, Part, Plan, Settings, SizePlan
 from ckpt_trainer.training_args import (
     CheckpointingArguments,
     CheckpointSeq2SeqTrainingArguments,
@@ -34,6 +34,8 @@ FLAGS = {
     "checkpointing_offload_dir": None,
     "checkpointing_host_budget": 0.8,
     "checkpointing_prefetch": 1,
+    "checkpointing_budget": 0.9,
+    "checkpointing_oom_retries": 3,
     "checkpointing_compile_budget": None,
     "checkpointing_skip_frozen": True,
     "checkpointing_use_reentrant": False,
@@ -44,6 +46,7 @@ FLAGS = {
 HF_FIELDS = {f.name for f in dataclasses.fields(TrainingArguments)}
 # transformers 5 turns the cache off unless asked; 4.57 says nothing about it.
 expected = functools.partial(Settings, use_cache=False if "use_cache" in HF_FIELDS else None)
+full = functools.partial(expected, mode="full")
 NEW_NAMES = "activation_checkpointing" in HF_FIELDS  # transformers 5.x
 needs_new_names = pytest.mark.skipif(not NEW_NAMES, reason="transformers 4.57 has the gradient_* names only")
 NAMES = ["activation_checkpointing", "gradient_checkpointing"] if NEW_NAMES else ["gradient_checkpointing"]
@@ -140,6 +143,8 @@ def test_every_flag_becomes_a_setting(make, tmp_path):
         checkpointing_offload_dir=str(tmp_path),
         checkpointing_host_budget="64GiB",
         checkpointing_prefetch=2,
+        checkpointing_budget="20GiB",
+        checkpointing_oom_retries=5,
         checkpointing_skip_frozen=False,
         checkpointing_use_reentrant=True,
         checkpointing_input_grads="never",
@@ -157,6 +162,8 @@ def test_every_flag_becomes_a_setting(make, tmp_path):
         offload_dir=str(tmp_path),
         host_budget=64 * 2**30,
         prefetch=2,
+        budget=20 * 2**30,
+        oom_retries=5,
         skip_frozen=False,
         use_reentrant=True,
         input_grads="never",
@@ -213,6 +220,11 @@ def test_command_line_sets_every_flag_of_offload(parse, tmp_path):
     assert settings.offload_place == "disk"
 
 
+def test_command_line_sets_every_flag_of_auto(parse):
+    words = ("--checkpointing_mode", "auto", "--checkpointing_budget", "20GiB", "--checkpointing_oom_retries", "0")
+    assert parse(*words).settings() == expected(mode="auto", budget=20 * 2**30, oom_retries=0)
+
+
 BUDGETS = [
     (0.8, 0.8), ("0.8", 0.8), (1, 1.0), ("1", 1.0), (1.0, 1.0), ("1.0", 1.0), (1e-3, 0.001), ("0.25", 0.25),
     (0, 0), ("0", 0), ("0B", 0), ("64GiB", 2**36), ("64 GiB", 2**36), ("1.5MiB", 3 * 2**19), ("512MB", 512 * 10**6),
@@ -220,18 +232,28 @@ BUDGETS = [
 ]  # fmt: skip
 
 
+# Flag -> its mode, its setting, and that by default.
+OF_BUDGETS = {
+    "checkpointing_host_budget": ("offload", "host_budget", 0.8),
+    "checkpointing_budget": ("auto", "budget", 0.9),
+}
+
+
+@pytest.mark.parametrize("flag", OF_BUDGETS)
 @pytest.mark.parametrize(("value", "budget"), BUDGETS)
-def test_a_budget_is_a_share_or_a_size(make, value, budget):
-    args = make(checkpointing_mode="offload", checkpointing_host_budget=value)
-    found = args.settings().host_budget
-    assert (found, type(found)) == (budget, type(budget))
-    assert args.checkpointing_host_budget == value  # as it was given
+def test_a_budget_is_a_share_or_a_size(make, flag, value, budget):
+    mode, setting, default = OF_BUDGETS[flag]
+    args = make(checkpointing_mode=mode, **{flag: value})
+    found, wanted = getattr(args.settings(), setting), default if value is None else budget
+    assert (found, type(found)) == (wanted, type(wanted))
+    assert getattr(args, flag) == value  # as it was given
 
 
+@pytest.mark.parametrize("flag", OF_BUDGETS)
 @pytest.mark.parametrize(("value", "budget"), [case for case in BUDGETS if isinstance(case[0], str)])
-def test_command_line_takes_a_budget_as_it_is(parse, value, budget):
-    args = parse("--checkpointing_mode", "offload", "--checkpointing_host_budget", value)
-    found = args.settings().host_budget
+def test_command_line_takes_a_budget_as_it_is(parse, flag, value, budget):
+    mode, setting, _ = OF_BUDGETS[flag]
+    found = getattr(parse("--checkpointing_mode", mode, f"--{flag}", value).settings(), setting)
     assert (found, type(found)) == (budget, type(budget))
 
 
@@ -276,7 +298,7 @@ def test_command_line_takes_hf_flags(parse, name, value):
 def test_command_line_takes_hf_kwargs(parse, name):
     text = '{"every_n_layers": 2, "use_reentrant": "false", "preserve_rng_state": false, "determinism_check": "none"}'
     settings = parse(f"--{name}", text).settings()
-    assert settings == expected(every_n=2, preserve_rng_state=False, checkpoint_options={"determinism_check": "none"})
+    assert settings == full(every_n=2, preserve_rng_state=False, checkpoint_options={"determinism_check": "none"})
 
 
 def test_command_line_seq2seq(parse):
@@ -338,15 +360,24 @@ FILES = [
     ),
     (
         {"checkpointing_mode": "full", "gradient_checkpointing_kwargs": {"offload": False}},
-        expected(mode="full"),
+        full(),
     ),
+    (
+        {"checkpointing_mode": "auto", "checkpointing_budget": "20GiB", "checkpointing_oom_retries": 0},
+        expected(mode="auto", budget=20 * 2**30, oom_retries=0),
+    ),
+    (
+        {"checkpointing_budget": 0.5, "checkpointing_modules": {"vision": "full", "text": "auto"}},
+        expected(budget=0.5, modules=(Part("vision", "full"), Part("text", "auto"))),
+    ),
+    ({"checkpointing_budget": None}, expected()),
     (
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True, "every_n_layers": 2}},
         expected(mode="offload", every_n=2),
     ),
     (
         {"checkpointing_segment": "sqrt", "checkpointing_save": None, "checkpointing_modules": None},
-        expected(segment="sqrt"),
+        full(segment="sqrt"),
     ),
 ]  # fmt: skip
 
@@ -387,7 +418,7 @@ def test_parts_store_what_they_say_or_what_all_do(make, mode, part):
     ("mode", "part"),
     [("offload", Part("text", "offload", offload_save="half_matmul")),
      *((f"offload:{save}", Part("text", "offload", offload_save=save)) for save in OFFLOAD_SAVES),
-     ("selective", Part("text", "selective")), ("full", Part("text", "full"))],
+     ("selective", Part("text", "selective")), ("full", Part("text", "full")), ("auto", Part("text", "auto"))],
 )  # fmt: skip
 def test_parts_offload_what_they_say_or_what_all_do(make, mode, part):
     args = make(
@@ -568,6 +599,8 @@ OFFLOAD_MODE = {"checkpointing_mode": "offload"}
     ("flags", "named"),
     [
         ({"checkpointing_mode": "selective"}, "checkpointing_mode='selective'"),
+        ({"checkpointing_mode": "auto"}, "checkpointing_mode='auto'"),
+        ({"checkpointing_mode": "full", "checkpointing_modules": {"l": "auto"}}, "'auto' in checkpointing_modules['l']"),
         ({"checkpointing_modules": {"v": "full", "l": "selective:mm"}}, "'selective' in checkpointing_modules['l']"),
         ({"checkpointing_plan": ONE_SELECTIVE}, "a selective block in checkpointing_plan"),
         ({"checkpointing_plan": ONE_MOVED}, "a selective block in checkpointing_plan"),
@@ -625,6 +658,8 @@ def test_reentrant_goes_with_what_is_moved_as_a_whole(make, plan_file, flags):
     "flags",
     [
         {"checkpointing_mode": "selective"},
+        {"checkpointing_mode": "auto"},
+        {"checkpointing_mode": "none", "checkpointing_modules": {"a": "auto"}},
         {"checkpointing_modules": {"a": "selective"}},
         {**OFFLOAD_MODE, "checkpointing_offload_save": "attention"},
         {"checkpointing_modules": {"a": "offload:attention"}, **OFFLOAD_MODE},
@@ -632,7 +667,7 @@ def test_reentrant_goes_with_what_is_moved_as_a_whole(make, plan_file, flags):
 )
 def test_two_selections_are_one_too_many(make, flags):
     with pytest.raises(
-        ValueError, match=r"\['context_fn'\] and .*(selective|attention).* are two selections .* Remove"
+        ValueError, match=r"\['context_fn'\] and .*(selective|attention|auto).* are two selections .* Remove"
     ):
         make(**flags, gradient_checkpointing_kwargs={"context_fn": contexts})
     make(**flags, gradient_checkpointing_kwargs={"early_stop": False})
@@ -741,32 +776,30 @@ def test_json_still_refuses_what_is_not_a_function(make):
 
 # Bad values.
 
+DEFAULT = "that by default"
 BAD_BUDGETS = [
     (64, "64GiB"), ("64", "64GiB"), (4095, "4095GiB"), (2, "2GiB"), (1.5, "1.5GiB"), (64.0, "64GiB"),
-    (1e9, "1000000000B"), ("64G", "64GiB"), ("1.5 tb/s", "1.5TiB"), ("80%", 0.8), ("25 %", 0.25), ("300%", 0.8),
-    (0.0, "0B"), (-1, "0B"), ("-0.5", "0B"), ("all", 0.8), ("", 0.8), ("nan", 0.8), (float("inf"), 0.8), (True, 0.8),
-    ([0.5], 0.8),
+    (1e9, "1000000000B"), ("64G", "64GiB"), ("1.5 tb/s", "1.5TiB"), ("80%", 0.8), ("25 %", 0.25), ("300%", DEFAULT),
+    (0.0, "0B"), (-1, "0B"), ("-0.5", "0B"), ("all", DEFAULT), ("", DEFAULT), ("nan", DEFAULT), (float("inf"), DEFAULT),
+    (True, DEFAULT),
+    ([0.5], DEFAULT),
 ]  # fmt: skip
 BAD_FLAGS = [
-    ("checkpointing_mode", "fulll", "'fulll' is not one of full, none, offload, selective. Did you mean 'full'?"),
-    ("checkpointing_mode", "FULL", "'FULL' is not one of full, none, offload, selective. Did you mean 'full'?"),
-    ("checkpointing_mode", " none", "' none' is not one of full, none, offload, selective. Did you mean 'none'?"),
-    ("checkpointing_mode", "", "'' is not one of full, none, offload, selective. Did you mean "),
-    ("checkpointing_mode", False, "False is not one of full, none, offload, selective. Did you mean 'none'?"),
-    ("checkpointing_mode", 3, "3 is not one of full, none, offload, selective. Did you mean "),
-    (
-        "checkpointing_mode",
-        "auto",
-        "'auto' is not in this version; the modes of this version are full, none, offload, selective.",
-    ),
-    ("checkpointing_mode", "ofload", "'ofload' is not one of full, none, offload, selective. Did you mean 'offload'?"),
-    ("checkpointing_mode", "atuo", "'atuo' is not one of full, none, offload, selective, and 'auto' is not in this"),
+    ("checkpointing_mode", "fulll", "'fulll' is not one of auto, full, none, offload, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", "FULL", "'FULL' is not one of auto, full, none, offload, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", " none", "' none' is not one of auto, full, none, offload, selective. Did you mean 'none'?"),
+    ("checkpointing_mode", "", "'' is not one of auto, full, none, offload, selective. Did you mean "),
+    ("checkpointing_mode", False, "False is not one of auto, full, none, offload, selective. Did you mean 'none'?"),
+    ("checkpointing_mode", 3, "3 is not one of auto, full, none, offload, selective. Did you mean "),
+    ("checkpointing_mode", "ofload", " is not one of auto, full, none, offload, selective. Did you mean 'offload'?"),
+    ("checkpointing_mode", "atuo", "'atuo' is not one of auto, full, none, offload, selective. Did you mean 'auto'?"),
+    ("checkpointing_mode", "auto:9GiB", " is not one of auto, full, none, offload, selective. Did you mean 'auto'?"),
     ("checkpointing_mode", "offload:all", ". Set it to 'offload', checkpointing_offload_save to 'all'."),
-    ("checkpointing_mode", "full:all", "'full:all' is not one of full, none, offload, selective. Did you mean 'full'?"),
+    ("checkpointing_mode", "full:all", " is not one of auto, full, none, offload, selective. Did you mean 'full'?"),
     (
         "checkpointing_mode",
         "selectve",
-        "'selectve' is not one of full, none, offload, selective. Did you mean 'selective'?",
+        "'selectve' is not one of auto, full, none, offload, selective. Did you mean 'selective'?",
     ),
     ("checkpointing_mode", "selective:mm", ". Set it to 'selective', checkpointing_save to 'mm'."),
     ("checkpointing_save", "expnsive", ": 'expnsive' is not a tier. Did you mean 'expensive'?"),
@@ -818,6 +851,11 @@ BAD_FLAGS = [
     ("checkpointing_prefetch", "0", "'0' is not a whole number from 0 up. Did you mean 0?"),
     ("checkpointing_prefetch", False, "False is not a whole number from 0 up. Did you mean 0?"),
     ("checkpointing_prefetch", None, "None is not a whole number from 0 up. Did you mean 1?"),
+    ("checkpointing_oom_retries", -1, "-1 is not a whole number from 0 up. Did you mean 0?"),
+    ("checkpointing_oom_retries", 2.6, "2.6 is not a whole number from 0 up. Did you mean 3?"),
+    ("checkpointing_oom_retries", "3", "'3' is not a whole number from 0 up. Did you mean 3?"),
+    ("checkpointing_oom_retries", True, "True is not a whole number from 0 up. Did you mean 1?"),
+    ("checkpointing_oom_retries", None, "None is not a whole number from 0 up. Did you mean 1?"),
     ("checkpointing_every_n", 0, "0 is not a whole number from 1 up. Did you mean 1?"),
     ("checkpointing_every_n", -1, "-1 is not a whole number from 1 up. Did you mean 1?"),
     ("checkpointing_every_n", True, "True is not a whole number from 1 up. Did you mean 1?"),
@@ -843,19 +881,25 @@ BAD_FLAGS = [
     ("checkpointing_modules", ["vision"], "['vision'] is not a dict"),
     *(
         (
-            "checkpointing_host_budget",
+            flag,
             value,
-            f"{value!r} is not a share of memory, above 0 and at most 1, or a size such as '64GiB'. Did you mean {near!r}?",
+            f"{value!r} is not a share of memory, above 0 and at most 1, or a size such as '64GiB'. "
+            f"Did you mean {default if near == DEFAULT else near!r}?",
         )
+        for flag, (_, _, default) in OF_BUDGETS.items()
         for value, near in BAD_BUDGETS
     ),
 ]
 BAD_MODULES = [
     (
         {"vision": "ful"},
-        "checkpointing_modules['vision']='ful' is not one of full, none, offload, selective. Did you mean 'full'?",
+        "checkpointing_modules['vision']='ful' is not one of auto, full, none, offload, selective. Did you mean 'full'?",
     ),
-    ({"vision": "auto"}, "checkpointing_modules['vision']='auto' is not in this version"),
+    (
+        {"vision": "Auto"},
+        "checkpointing_modules['vision']='Auto' is not one of auto, full, none, offload, selective. Did you mean 'auto'?",
+    ),
+    ({"vision": "auto:20GiB"}, "only 'selective' and 'offload' are followed by what they store."),
     (
         {"vision": "offload:input"},
         "['vision']='offload:input' is not 'offload:' and one of inputs, expensive, matmul, half_matmul, attention, all. "
@@ -868,7 +912,7 @@ BAD_MODULES = [
     ({"vision": "full:all"}, "Did you mean 'offload:all'?"),
     (
         {"vision": None},
-        "checkpointing_modules['vision']=None is not one of full, none, offload, selective. Did you mean 'none'?",
+        "checkpointing_modules['vision']=None is not one of auto, full, none, offload, selective. Did you mean 'none'?",
     ),
     (
         {"vision": "selective:atention"},
@@ -886,7 +930,7 @@ BAD_MODULES = [
     ),
     (
         {"vision": "selectiv"},
-        "['vision']='selectiv' is not one of full, none, offload, selective. Did you mean 'selective'?",
+        "['vision']='selectiv' is not one of auto, full, none, offload, selective. Did you mean 'selective'?",
     ),
     ({3: "full"}, "a name in checkpointing_modules=3 is not a module glob"),
     ({"": "full"}, "a name in checkpointing_modules='' is not a module glob"),
@@ -982,7 +1026,7 @@ def test_hf_kwargs_are_honoured(make, cls, name):
         "early_stop": False,
         "offload": False,
     }
-    assert settings_of(make(cls, **{name: kwargs})) == expected(
+    assert settings_of(make(cls, **{name: kwargs})) == full(
         every_n=2,
         preserve_rng_state=True,
         checkpoint_options={
@@ -1008,9 +1052,48 @@ def test_reentrant_on_either_side(make):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [True, False, None])
-def test_no_mode_means_full_whatever_hf_says(make, name, value):
-    assert make(**{name: value}).settings().mode == "full"
-    assert settings_of(make(TrainingArguments, **{name: value})).mode == "full"
+def test_no_mode_means_auto_unless_hf_says_full(make, name, value):
+    mode = "full" if value else "auto"
+    assert make(**{name: value}).settings().mode == mode
+    assert settings_of(make(TrainingArguments, **{name: value})).mode == mode
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"checkpointing_every_n": 2},
+        {"checkpointing_segment": 2},
+        {"checkpointing_segment": "sqrt"},
+        {"checkpointing_use_reentrant": True},
+        {"gradient_checkpointing_kwargs": {"every_n_layers": 2}},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing_kwargs": {"context_fn": contexts}},
+        {"checkpointing_every_n": 2, "checkpointing_modules": {"v": "auto"}},
+    ],
+)
+def test_no_mode_means_full_with_a_flag_of_that_mode(make, flags):
+    assert make(**flags).settings().mode == "full"
+    assert not make(**flags).settings().named
+    assert make(checkpointing_mode="none", **flags).settings().mode == "none"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"checkpointing_modules": {"v": "full", "l": "none"}},
+        {"checkpointing_budget": 0.5, "checkpointing_oom_retries": 1},
+        {"checkpointing_skip_frozen": False, "checkpointing_self_check": False, "checkpointing_input_grads": "always"},
+        {"checkpointing_use_reentrant": False, "checkpointing_segment": 1, "checkpointing_every_n": 1},
+        {"gradient_checkpointing_kwargs": {"use_reentrant": False, "every_n_layers": 1, "preserve_rng_state": True}},
+        {"gradient_checkpointing_kwargs": {"debug": True, "early_stop": False, "determinism_check": "none"}},
+    ],
+)
+def test_no_mode_means_auto_with_flags_that_hold_in_each(make, flags):
+    assert make(**flags).settings().mode == "auto"
+
+
+def test_auto_that_is_said_stays_with_flags_of_another_mode(make):
+    assert make(checkpointing_mode="auto", checkpointing_every_n=2, checkpointing_segment=2).settings().mode == "auto"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -1024,6 +1107,8 @@ CONFLICTS = [
     ({"checkpointing_mode": "none"}, {"gradient_checkpointing": True}),
     ({"checkpointing_mode": "selective"}, {"gradient_checkpointing": True}),
     ({"checkpointing_mode": "offload"}, {"gradient_checkpointing": True}),
+    ({"checkpointing_mode": "auto"}, {"gradient_checkpointing": True}),
+    ({"checkpointing_mode": "auto"}, {"gradient_checkpointing_kwargs": {"offload": True}}),
     (
         {"checkpointing_mode": "offload"},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": False}},
@@ -1066,7 +1151,7 @@ def test_conflicts_made_later_raise_when_read(make, ours, theirs):
 
 def test_agreement_is_no_conflict(make):
     args = make(checkpointing_every_n=2, gradient_checkpointing_kwargs={"every_n_layers": 2, "use_reentrant": False})
-    assert args.settings() == expected(every_n=2)
+    assert args.settings() == full(every_n=2)
 
 
 @pytest.mark.parametrize("cls", [CheckpointTrainingArguments, TrainingArguments])
@@ -1090,10 +1175,10 @@ def test_their_offload_and_ours_agree(make, flag):
     assert args.settings() == expected(mode="offload", offload_save="attention")
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload", None])
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload", "auto", None])
 def test_offload_set_to_false_is_no_word(make, mode):
     args = make(checkpointing_mode=mode, gradient_checkpointing_kwargs={"offload": False, "early_stop": False})
-    assert args.settings().mode == (mode or "full")
+    assert args.settings().mode == (mode or "auto")
 
 
 @dataclasses.dataclass
@@ -1115,11 +1200,12 @@ class TheirOffloadOurMode(TheirOffload):
 def test_an_offload_that_is_a_default_of_the_args_class_is_not_the_users_word(make, cls):
     assert make(cls).settings() == expected(mode="offload")
     assert not make(cls).settings().named
-    for mode in ("none", "selective", "full", "offload"):
+    for mode in ("none", "selective", "full", "offload", "auto"):
         assert make(cls, checkpointing_mode=mode).settings().mode == mode
     kwargs = {"every_n_layers": 2}
-    assert make(cls, gradient_checkpointing_kwargs=kwargs).settings() == expected(every_n=2)
-    assert make(cls, gradient_checkpointing_kwargs={"offload": False}).settings() == expected()
+    assert make(cls, gradient_checkpointing_kwargs=kwargs).settings() == full(every_n=2)
+    without = make(cls, gradient_checkpointing_kwargs={"offload": False})
+    assert without.settings() == (full() if without.gradient_checkpointing else expected())
 
 
 def test_of_two_defaults_of_the_args_class_ours_counts(make):
@@ -1129,7 +1215,7 @@ def test_of_two_defaults_of_the_args_class_ours_counts(make):
 
 def test_their_flag_said_with_an_offload_that_was_not(make):
     assert make(TheirOffload, gradient_checkpointing=True).settings() == expected(mode="offload")
-    assert make(TheirOffload, gradient_checkpointing=True, checkpointing_mode="full").settings() == expected()
+    assert make(TheirOffload, gradient_checkpointing=True, checkpointing_mode="full").settings() == full()
     with pytest.raises(ValueError, match=r"checkpointing_mode='none' and .*gradient_checkpointing=True.* Remove one"):
         make(TheirOffload, gradient_checkpointing=True, checkpointing_mode="none")
 
@@ -1149,17 +1235,18 @@ class OurDefaults(CheckpointTrainingArguments):
 
 
 def test_a_default_of_the_args_class_is_not_the_users_word(make):
-    assert make(TheirDefaults).settings() == expected(every_n=2)
+    assert make(TheirDefaults).settings() == full(every_n=2)
     assert make(TheirDefaults, checkpointing_mode="none").settings().mode == "none"
     assert make(TheirDefaults, checkpointing_mode="selective").settings() == expected(mode="selective", every_n=2)
     assert make(TheirDefaults, checkpointing_every_n=3).settings().every_n == 3
-    assert make(TheirDefaults, gradient_checkpointing=False).settings().mode == "full"
+    assert make(TheirDefaults, checkpointing_mode="auto").settings() == expected(mode="auto", every_n=2)
+    assert make(TheirDefaults, gradient_checkpointing=False).settings().mode == "full"  # with its every_n_layers
 
 
 def test_a_default_of_ours_gives_way_to_what_the_user_says_to_hf(make):
     assert make(OurDefaults).settings() == expected(mode="none", every_n=4)
     args = make(OurDefaults, gradient_checkpointing=True, gradient_checkpointing_kwargs={"every_n_layers": 2})
-    assert args.settings() == expected(every_n=2)
+    assert args.settings() == full(every_n=2)
 
 
 # Set on the object.
@@ -1192,7 +1279,7 @@ def test_json_text_set_later_is_read(make):
     args = make()
     args.gradient_checkpointing_kwargs = '{"every_n_layers": 2}'
     args.checkpointing_modules = '{"vision": "none"}'
-    assert args.settings() == expected(every_n=2, modules=(Part("vision", "none"),))
+    assert args.settings() == full(every_n=2, modules=(Part("vision", "none"),))
 
 
 def test_flags_set_later_are_read(make):
@@ -1213,7 +1300,7 @@ def test_plain_arguments_set_later_are_read(make):
     args = make(TrainingArguments)
     args.gradient_checkpointing = True
     args.gradient_checkpointing_kwargs = {"every_n_layers": 2}
-    assert settings_of(args) == expected(every_n=2)
+    assert settings_of(args) == full(every_n=2)
 
 
 def test_a_mode_counts_as_named_only_where_the_user_said_it(make):
@@ -1253,6 +1340,11 @@ HOST_FLAGS = {
     "checkpointing_host_budget": "1GiB", "checkpointing_prefetch": 2,
 }  # fmt: skip
 MOVED = Plan({"l.0": Action("recompute", place="host")})
+AUTO_FLAGS = {"checkpointing_budget": 0.5, "checkpointing_oom_retries": 0}
+NOT_AUTO = ", ".join(f"{flag} (of mode 'auto')" for flag in AUTO_FLAGS)
+AUTO_MODE = {"checkpointing_mode": "auto"}
+NO_EVERY_N = "checkpointing_every_n (of modes that are not 'auto')"
+SIZED = Plan(PLAN.actions, (SizePlan((("x", (2, 3)),), False, {"l.0": RECOMPUTE}),))
 NO_SAVE, NO_SEGMENT = (
     "checkpointing_save (of mode 'selective')",
     "checkpointing_segment (of mode 'full', or 'offload' with inputs)",
@@ -1262,25 +1354,44 @@ NO_SAVE, NO_SEGMENT = (
 @pytest.mark.parametrize(
     ("flags", "where", "idle"),
     [
-        (SAVE, "checkpointing_mode='full'", NO_SAVE),
-        ({**SAVE, "checkpointing_modules": {"l": "selective:attention"}}, "checkpointing_mode='full'", NO_SAVE),
+        (SAVE, "checkpointing_mode='auto'", NO_SAVE),
+        ({**SAVE, "checkpointing_mode": "full"}, "checkpointing_mode='full'", NO_SAVE),
+        ({**SAVE, "checkpointing_modules": {"l": "selective:attention"}}, "checkpointing_mode='auto'", NO_SAVE),
+        *(
+            ({**AUTO_FLAGS, "checkpointing_mode": mode}, f"checkpointing_mode={mode!r}", NOT_AUTO)
+            for mode in ("none", "selective", "full", "offload")
+        ),
+        ({**AUTO_FLAGS, "checkpointing_modules": {"l": "none"}, "checkpointing_mode": "full"},
+         "checkpointing_mode='full'", NOT_AUTO),
+        ({**AUTO_FLAGS, "checkpointing_every_n": 2}, "checkpointing_mode='full'", NOT_AUTO),
+        ({**AUTO_FLAGS, "checkpointing_plan": PLAN}, "this checkpointing_plan", NOT_AUTO),
+        ({**AUTO_MODE, "checkpointing_every_n": 2}, "checkpointing_mode='auto'", NO_EVERY_N),
+        ({**AUTO_MODE, "checkpointing_every_n": 2, "checkpointing_modules": {"l": "none"}}, "checkpointing_mode='auto'",
+         NO_EVERY_N),
+        ({**AUTO_MODE, **SEGMENT}, "checkpointing_mode='auto'", NO_SEGMENT),
+        ({**AUTO_MODE, **SEGMENT, "checkpointing_modules": {"l": "none"}}, "checkpointing_mode='auto'", NO_SEGMENT),
+        ({**SEGMENT, "checkpointing_mode": "full", "checkpointing_modules": {"l": "auto"}}, "checkpointing_mode='full'",
+         "checkpointing_segment (beside mode 'auto')"),
+        ({**AUTO_MODE, "checkpointing_offload_save": "all"}, "checkpointing_mode='auto'",
+         "checkpointing_offload_save (of mode 'offload')"),
         ({**SEGMENT, **SELECTIVE_MODE}, "checkpointing_mode='selective'", NO_SEGMENT),
         ({**SAVE, **SEGMENT, "checkpointing_mode": "none"}, "checkpointing_mode='none'", f"{NO_SAVE}, {NO_SEGMENT}"),
         ({**SEGMENT, "checkpointing_plan": Plan({"l.0": SELECTIVE})}, "this checkpointing_plan", NO_SEGMENT),
         ({"gradient_checkpointing_kwargs": {"early_stop": True}, "checkpointing_plan": Plan({})},
          "this checkpointing_plan", "gradient_checkpointing_kwargs"),
-        ({"checkpointing_prefetch": 0}, "checkpointing_mode='full'", f"checkpointing_prefetch {NO_OFFLOAD}"),
+        ({"checkpointing_prefetch": 0, "checkpointing_mode": "full"}, "checkpointing_mode='full'",
+         f"checkpointing_prefetch {NO_OFFLOAD}"),
         ({**HOST_FLAGS, "checkpointing_mode": "none"}, "checkpointing_mode='none'",
          ", ".join(f"{flag} {NO_OFFLOAD}" for flag in HOST_FLAGS)),
-        ({"checkpointing_host_budget": "0B", "checkpointing_modules": {"l": "selective"}}, "checkpointing_mode='full'",
-         f"checkpointing_host_budget {NO_OFFLOAD}"),
+        ({"checkpointing_host_budget": "0B", "checkpointing_modules": {"l": "selective"}, "checkpointing_mode": "full"},
+         "checkpointing_mode='full'", f"checkpointing_host_budget {NO_OFFLOAD}"),
         ({"checkpointing_offload_dir": FOLDER, "checkpointing_plan": MOVED}, "this checkpointing_plan", NO_DISK),
         ({"checkpointing_prefetch": 3, "checkpointing_plan": PLAN}, "this checkpointing_plan",
          f"checkpointing_prefetch {NO_OFFLOAD}"),
         ({"checkpointing_offload_to": "disk", "checkpointing_offload_dir": FOLDER, "checkpointing_plan": MOVED},
          "this checkpointing_plan", f"checkpointing_offload_to (the plan says where), {NO_DISK}"),
-        ({"checkpointing_offload_save": "all", "checkpointing_modules": {"l": "offload:inputs"}},
-         "checkpointing_mode='full'", "checkpointing_offload_save (each part says its own)"),
+        ({"checkpointing_offload_save": "all", "checkpointing_modules": {"l": "offload:inputs"}, "checkpointing_mode":
+          "full"}, "checkpointing_mode='full'", "checkpointing_offload_save (each part says its own)"),
         ({**SEGMENT, **OFFLOAD_MODE, "checkpointing_offload_save": "all"}, "checkpointing_mode='offload'", NO_SEGMENT),
         ({**SAVE, **OFFLOAD_MODE, "checkpointing_offload_save": "matmul"}, "checkpointing_mode='offload'", NO_SAVE),
         ({**SEGMENT, "checkpointing_every_n": 2}, "checkpointing_mode='full'",
@@ -1327,7 +1438,13 @@ def test_one_warning_for_what_concerns_another_mode(make, plan_file, warnings_of
         },
         {**OFFLOAD_MODE, "checkpointing_offload_save": "all", "checkpointing_modules": {"l": "offload:inputs"}},
         {"checkpointing_host_budget": "0.8", "checkpointing_offload_save": "inputs"},
-        {"checkpointing_mode": "none", "checkpointing_host_budget": None},
+        {"checkpointing_mode": "none", "checkpointing_host_budget": None, "checkpointing_budget": None},
+        AUTO_FLAGS,
+        {**AUTO_FLAGS, **AUTO_MODE},
+        {**AUTO_FLAGS, "checkpointing_mode": "none", "checkpointing_modules": {"l": "auto"}},
+        {**AUTO_FLAGS, "checkpointing_every_n": 2, "checkpointing_modules": {"l": "auto"}},
+        {**AUTO_FLAGS, "checkpointing_plan": SIZED},
+        {"checkpointing_mode": "none", "checkpointing_oom_retries": 3, "checkpointing_budget": "0.9"},
         {"gradient_checkpointing_kwargs": {"offload": True}},
     ],
 )
@@ -1375,7 +1492,7 @@ def test_mixes_with_trl(make, parse):
     Mixed = dataclasses.make_dataclass("Mixed", [], bases=(CheckpointingArguments, trl.SFTConfig))
     args = make(Mixed, bf16=False)
     assert args.gradient_checkpointing is True
-    assert args.settings() == expected()
+    assert args.settings() == full()
     assert make(Mixed, bf16=False, checkpointing_mode="none").settings().mode == "none"
     args = parse(
         *("--bf16", "False", "--checkpointing_modules", '{"vision": "full"}', "--packing"),

@@ -69,7 +69,6 @@ def test_buffers_that_the_first_rank_sends_are_those_that_were_sent(named):
     [
         ("awaited", "DDP waits for its gradients, and would average those of the micro-batches before it instead"),
         ("gathered before", "a collective has run, which the other ranks do not run twice"),
-        ("fsdp", "under FSDP every forward gathers weights from all ranks"),
     ],
 )
 def test_what_ran_collectives_is_not_run_again(named, name, why):
@@ -81,8 +80,8 @@ def test_what_ran_collectives_is_not_run_again(named, name, why):
 def test_backward_ends_all_ranks(started):
     assert started.done.returncode != 0
     assert started.seconds < SECONDS_AT_MOST
-    # The other waits for an average that does not come, and is ended by the launcher.
-    assert list(started.texts) == ["1"]
+    # The other waits for an average that does not come; it is ended by the launcher, or told that its peer is gone.
+    assert not started.texts.get("0", "").startswith("OutOfMemory")
     assert started.texts["1"].startswith(
         "OutOfMemory: step 2 on rank 1 of 2: backward ran out of memory. It was not run again, since in backward DDP "
         "averages gradients over all ranks"

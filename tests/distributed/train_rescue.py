@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from failing import ERROR, Auto, Statistics
 from tiny_models import llama
-from trainer_runs import Results, fsdp, prepare_process, run
+from trainer_runs import Results, prepare_process, run
 
 from ckpt_trainer import CheckpointedTrainer
 
@@ -88,7 +88,6 @@ def main(folder):
     keep("buffers", {(3, "within"): ONE, (4, "within"): ONE, (5, "before"): ONE}, with_statistics, **window)
     keep("awaited", {(2, "after"): BOTH}, **window)
     keep("gathered before", {(2, "before"): BOTH}, gathers=True, **window)
-    keep("fsdp", {(2, "after"): BOTH}, **fsdp())
     results.write(folder)
     dist.barrier()
     # At the end, since the other rank is left waiting.
@@ -98,5 +97,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    os.environ["FSDP_VERSION"] = "2"  # which transformers 4 does not take from arguments
     main(sys.argv[1])
