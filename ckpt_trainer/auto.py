@@ -107,6 +107,7 @@ class Planner:
     is_ready: bool = False
     state_bytes: int = 0
     optimizer_bytes: int = 0
+    lost_bytes: int = 0
     _known: dict[Key, _Known] = field(default_factory=dict)
     _choices: dict[Key, Choice] = field(default_factory=dict)
     _planned: dict[Key, Choice] = field(default_factory=dict)
@@ -146,6 +147,12 @@ class Planner:
         """The optimizer made a step."""
         if (state_bytes, temporary_bytes, True) != (self.state_bytes, self.optimizer_bytes, self.is_ready):
             self.state_bytes, self.optimizer_bytes, self.is_ready = state_bytes, temporary_bytes, True
+            self._forget_choices()
+
+    def learn_fragments(self, lost_bytes: int) -> None:
+        """Bytes of the device that could not be used for what was asked for, so that every plan does without them."""
+        if lost_bytes > self.lost_bytes:
+            self.lost_bytes = lost_bytes
             self._forget_choices()
 
     def learn_peak(self, choice: Choice, step: StepBytes, is_same_size: bool) -> bool:
@@ -226,7 +233,7 @@ class Planner:
 
     def _plan(self, key: Key, costs: StepCosts | None) -> Choice:
         size, there = key
-        budget = self.budget() - self._limits.setdefault(key, _Limits()).offset
+        budget = self.budget() - self.lost_bytes - self._limits.setdefault(key, _Limits()).offset
         choice = Choice(size, there, self.leanest, budget, measures=key not in self._known)
         if costs is None:
             return choice  # and nothing is remembered, so that it is decided anew once it was measured

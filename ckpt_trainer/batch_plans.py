@@ -26,10 +26,10 @@ from ckpt_trainer import auto_lines
 from ckpt_trainer.auto import Choice, Planner
 from ckpt_trainer.block_classes import kinds_of
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.costs import Probed, Sample
+from ckpt_trainer.costs import Probed, Sample, bookkeeping_seconds
 from ckpt_trainer.install import Runners
 from ckpt_trainer.measured import StepBytes, new_gradients, read_spans
-from ckpt_trainer.memory import meter_of, storages_of
+from ckpt_trainer.memory import meter_of, num_allocation_retries, reserved_bytes, storages_of
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
 from ckpt_trainer.probes import Call, CallNotes, probe
@@ -113,6 +113,7 @@ class BatchPlans:
         self._watch: _Watch | None = None
         self._learned: set[str] = set()
         self._said: list[Choice] = []
+        self._retries = num_allocation_retries(self._where)
         self._lines = 0
         self._has_begun_without = False
         self._active = ExitStack()
@@ -256,6 +257,13 @@ class BatchPlans:
             again = self.planner.learn_peak(watch.choice, step, watch.size == watch.choice.size)
             self._tell(logging.INFO, auto_lines.measured_line(watch.choice, again))
 
+    def _note_fragments(self, peak: int) -> None:
+        """Where the allocator had to give memory back to go on, what it held beyond the peak was of no use to it."""
+        retries = num_allocation_retries(self._where)
+        if retries > self._retries:
+            self._retries = retries
+            self.planner.learn_fragments(reserved_bytes(self._where) - peak)
+
     def _read(self, watch: _Watch) -> StepBytes | None:
         spans = watch.step.spans
         ran = {span.name for span in spans if span.backward}
@@ -278,14 +286,13 @@ class BatchPlans:
         watch.choice.measured_bytes = step.peak
 
     def _probe(self, name: str, call: Call) -> Mapping[Action, Probed] | None:
-        if not call.needs_graph:
+        if not call.needs_graph or call.has_cache:
             return None
         try:
             return self._probe_each(name, call)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self._say(logging.INFO, f"auto: no memory to look at block {name}; blocks like it are recomputed")
+        except Exception as error:  # the step itself went well
+            why = "there is no memory for it" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+            self._say(logging.WARNING, f"auto: block {name} cannot be run alone; blocks like it are recomputed. {why}")
             return None
 
     def _probe_each(self, name: str, call: Call) -> Mapping[Action, Probed]:
@@ -298,7 +305,7 @@ class BatchPlans:
             if name not in self._learned and action.kind == "selective":
                 probe(call, run, forward)  # what its replay shows is stored no more from then on
             one = probe(call, run, forward)
-            seconds = self._device.seconds_with_host(one.work, _dispatches(action))
+            seconds = self._device.seconds_with_host(one.work, bookkeeping_seconds(action, one.forward_ops))
             times = call.times
             levels = times * one.stored, (times - 1) * one.stored + one.forward, (times - 1) * one.stored + one.backward
             found[action] = Probed(levels, times * seconds)
@@ -344,11 +351,6 @@ class BatchPlans:
 
 def _plainly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return forward(*args, **kwargs)
-
-
-def _dispatches(action: Action) -> bool:
-    """Whether an action runs a block under a dispatch mode."""
-    return action.kind == "selective" and action.save != ("expensive",)
 
 
 def _bytes(tensors: Any, device: torch.device) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from ckpt_trainer import memory
@@ -26,3 +29,11 @@ def budget_bytes(budget: float | int, device: torch.device, own_bytes: int = 0) 
     free, total = seen
     left = free + memory.reserved_bytes(device)  # with what the allocator of this process has taken
     return int(budget * total) - (total - left) if isinstance(budget, float) else min(budget, left)
+
+
+def budget_of(budget: float | int, device: torch.device, own_bytes: int = 0) -> Callable[[], int]:
+    """`budget_bytes`, asked anew each time on a device that others use too; of host memory once, at the start."""
+    if memory.device_bytes(device) is not None:
+        return partial(budget_bytes, budget, device, own_bytes)
+    allowed = budget_bytes(budget, device, own_bytes)
+    return lambda: allowed

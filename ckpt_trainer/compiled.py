@@ -111,6 +111,11 @@ def _backend_of(root: nn.Module) -> str | None:
     return getattr(backend, "compiler_name", None)
 
 
+def heeds_marks(compiled: Compiled) -> bool:
+    """Whether it is known of all compilers that they store what is marked, and only that."""
+    return bool(compiled.backends) and _HEEDING.issuperset(compiled.backends)
+
+
 def is_tier(save: Sequence[str]) -> bool:
     """Whether this is a tier and not a list."""
     return len(save) == 1 and save[0] in TIERS

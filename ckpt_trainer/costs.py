@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median_high
 
 from ckpt_trainer.measured import BlockBytes, StepBytes
-from ckpt_trainer.plan import KEEP, Action, Plan
+from ckpt_trainer.plan import DEFAULT_SAVE, KEEP, Action, Plan
 from ckpt_trainer.step_costs import BlockCost, Option, StepCosts
 
 # Of what a block does: stored, most in forward, most in backward.
@@ -76,6 +76,22 @@ class Sample:
 def levels_of(block: BlockBytes) -> Levels:
     """What a block did, as levels."""
     return block.stored, block.forward, block.backward
+
+
+# Seconds of the host for what is not in an op, as measured (`examples/benchmarks/frontier.md`, "Bookkeeping alone"): for each
+# replay, for each op of the forward whose saved tensors are looked at, and for each that goes through a dispatch mode, twice.
+_REPLAY_SECONDS, _LOOK_SECONDS, _DISPATCH_SECONDS = 1.3e-3, 9e-6, 28e-6
+
+
+def bookkeeping_seconds(action: Action, forward_ops: int) -> float:
+    """Time of the host that carrying out an action on a block takes, in one forward and backward of so many ops."""
+    if action.kind == "keep":
+        return 0.0
+    if action.kind == "recompute":
+        return _REPLAY_SECONDS
+    if action.save == DEFAULT_SAVE:
+        return _LOOK_SECONDS * forward_ops
+    return _REPLAY_SECONDS + _DISPATCH_SECONDS * forward_ops
 
 
 def live_costs(sample: Sample, gradients: StepBytes, names: Sequence[str], link: Link | None = None) -> StepCosts:

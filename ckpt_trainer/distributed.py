@@ -137,9 +137,14 @@ def refuse_reentrant_wrapped(model: nn.Module) -> None:
         )
 
 
+def is_under_fsdp1(model: nn.Module) -> bool:
+    """Whether parts of a model are wrapped by FSDP of version 1, whose weights are whole only while they run."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
 def wrapper_notes(model: nn.Module) -> list[str]:
     """What is to be said of the wrappers of a model."""
-    if not any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if not is_under_fsdp1(model):
         return []
     return [
         "this model is under FSDP1, which runs on accelerators only and is covered by no test here. FSDP2 is: set "

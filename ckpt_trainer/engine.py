@@ -15,15 +15,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointError
 
-from ckpt_trainer import auto_lines, compiled, memory, report
+from ckpt_trainer import auto_lines, compiled, compiled_budget, memory, report
 from ckpt_trainer.auto import Planner
 from ckpt_trainer.batch_plans import BatchPlans
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
-from ckpt_trainer.budgets import budget_bytes
+from ckpt_trainer.budgets import budget_of
 from ckpt_trainer.compiled import is_compiled
+from ckpt_trainer.compiled_budget import CompiledPlan, CostsOf
 from ckpt_trainer.costs import Link
 from ckpt_trainer.deepspeed_rules import deepspeed_notes, refuse_emptied
-from ckpt_trainer.distributed import one_forward_checked, refuse_reentrant_wrapped, refuse_wrapped_blocks, wrapper_notes
+from ckpt_trainer.distributed import (
+    is_under_fsdp1,
+    one_forward_checked,
+    refuse_reentrant_wrapped,
+    refuse_wrapped_blocks,
+    wrapper_notes,
+)
 from ckpt_trainer.first_pass import FirstPass
 from ckpt_trainer.host_memory import host_cap
 from ckpt_trainer.install import Installed, Runners, is_sharded, offloading_of
@@ -57,6 +64,7 @@ class Checkpointing:
         log_from: Level from which on to log: `logging.INFO`, or above `logging.CRITICAL` for nothing.
         policy: A user's own, asked for the action of each block whenever a plan is made; see `policies.make_plan`.
         watches: Look at the first forward and backward, and say what they showed.
+        costs_of: Tells what a step of a compiled model costs, for mode `auto`; without, such a model is recomputed.
 
     Attributes:
         blocks: The blocks of the model, in forward order.
@@ -78,6 +86,7 @@ class Checkpointing:
         log_from: int = logging.INFO,
         policy: BlockPolicy | None = None,
         watches: bool = True,
+        costs_of: CostsOf | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -92,12 +101,13 @@ class Checkpointing:
         self._use_cache = UseCache(model)
         self._log_from = log_from
         self._policy = policy
+        self._costs_of = costs_of
         self._switched = modules_switched_on(model)
         self._compiled = compiled.compiled_part(model, [(block.name, block.module) for block in self.blocks])
         self._is_quantized = quantization_of(model) is not None
         self._find_input_hooks()
         warnings = list(self._warnings())
-        self._batches: BatchPlans | None = None
+        self._batches: BatchPlans | CompiledPlan | None = None
         self._carry_out()
         warnings += compiled.warnings(self.plan, settings, self._compiled)
         for warning in [*warnings, *wrapper_notes(model), *deepspeed_notes(model, self.plan)]:
@@ -140,7 +150,8 @@ class Checkpointing:
             refuse_wrapped_blocks(self.model)
         hooks, own = bool(self._needless_hooks), self._policy is not None
         self._say(logging.INFO, report.first_line(self.plan, self.blocks, self.settings, hooks, own))
-        if by_compiler := compiled.first_line(self.plan, self.settings, self._compiled):
+        by_compiler = compiled.first_line(self.plan, self.settings, self._compiled)
+        if by_compiler and self._batches is None:
             self._say(logging.INFO, by_compiler)
         why = why_not(report.device_of(self.blocks[0].module)) if self._moves and self.blocks else None
         if why:
@@ -153,17 +164,19 @@ class Checkpointing:
             self._made[actions] = Installed(*carried, self._compiled, self._left_by_compiler)
         return self._made[actions]
 
-    def _batch_plans(self, policy: BlockPolicy | None) -> BatchPlans | None:
+    def _batch_plans(self, policy: BlockPolicy | None) -> BatchPlans | CompiledPlan | None:
         """What chooses a plan for each micro-batch: in mode `auto`, or where a plan has several."""
         free = free_blocks(self.blocks, self.settings, policy)
         if not free and not self.plan.sizes:
             return None
-        why = self._why_not_auto()
+        why = self._why_not_auto(bool(free))
         if why:
             self._say(logging.INFO, f"auto: the same is done to micro-batches of all sizes, since {why}")
             return None
         where = report.device_of(self.blocks[0].module)
         allowed = budget_bytes(self.settings.budget, where, memory.own_bytes(self.model))
+        if not _is_eager(self.model):
+            return self._compiled_plan(free, allowed)
         names = [block.name for block in self.blocks]
         planner = Planner(names, Plan(self.plan.actions), lambda: allowed, self._link(where), self.plan.sizes)
         if free:
@@ -180,6 +193,12 @@ class Checkpointing:
         """What the micro-batch that just failed needed, and what would fit."""
         return self._batches.explain_out_of_memory() if self._batches is not None else ""
 
+    def _compiled_plan(self, free: set[str], allowed: int) -> CompiledPlan:
+        assert self._costs_of is not None
+        self._say(logging.INFO, compiled_budget.start_line(allowed, len(free), self._compiled.by))
+        of = self.model, self.blocks, free, self.plan, self.settings, allowed
+        return CompiledPlan(*of, self._costs_of, self._swap, self._say)
+
     def _link(self, where: torch.device) -> Link:
         """The way to host memory, if there is one."""
         if why_not(where) is not None:
@@ -187,16 +206,19 @@ class Checkpointing:
         settings, speed = self.settings, device_of(where).link_bytes_per_second
         return Link(speed, host_cap(settings.host_budget), settings.prefetch)
 
-    def _why_not_auto(self) -> str:
+    def _why_not_auto(self, is_free: bool) -> str:
         """Why steps of this model cannot be measured; empty where they can."""
         if not _is_eager(self.model):
-            return "ops of a compiled model are not seen one by one"
+            costs_of = self._costs_of if is_free else None
+            if why := compiled_budget.why_not(self._compiled, self.settings, costs_of):
+                return why
         if isinstance(self.model, nn.DataParallel):
             return "nn.DataParallel copies the model in each step"
         devices = {parameter.device for block in self.blocks for parameter in block.module.parameters()}
         if len(devices) > 1:
             return f"its blocks are on {len(devices)} devices"
-        if any(is_sharded(module) for block in self.blocks for module in block.module.modules()):
+        sharded = (is_sharded(module) for block in self.blocks for module in block.module.modules())
+        if is_under_fsdp1(self.model) or any(sharded):
             return "its weights are sharded"
         return ""
 
@@ -282,7 +304,7 @@ class Checkpointing:
     def _first_pass(self) -> FirstPass | None:
         if self._concluded or not self._planned or not _is_eager(self.model):
             return None
-        if self._batches is not None and not self._batches.planner.is_ready:
+        if isinstance(self._batches, BatchPlans) and not self._batches.planner.is_ready:
             return None  # a step that is measured is not looked at by two
         return FirstPass(self.model, self._planned, self.tally, self._conclude)
 
@@ -336,7 +358,7 @@ class Checkpointing:
     @property
     def whole_plan(self) -> Plan:
         """What is done to micro-batches of all sizes, as `checkpointing_plan` takes it."""
-        return self._batches.planner.plan() if self._batches is not None else self.plan
+        return self._batches.planner.plan() if isinstance(self._batches, BatchPlans) else self.plan
 
     def _offload_report(self) -> dict[str, Any] | None:
         return self._offloading.report() if self._offloading is not None and self._moves else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ckpt_trainer.call_costs import costs_of_call
 from ckpt_trainer.engine import Checkpointing
 from ckpt_trainer.policies import BlockPolicy
 from ckpt_trainer.quantized import quantized_prepared
@@ -48,7 +49,7 @@ def checkpointing(
         ValueError: The mode or a flag has no such value, or the model has no repeated blocks.
     """
     settings = settings_of_flags({"mode": mode, **flags})
-    state = Checkpointing(model, settings, policy=policy)
+    state = Checkpointing(model, settings, policy=policy, costs_of=costs_of_call)
     try:
         with quantized_prepared(model, settings), state.step():
             yield state

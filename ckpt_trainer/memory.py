@@ -108,6 +108,13 @@ def reserved_bytes(device: torch.device | str) -> int:
     return torch.accelerator.memory_reserved(device) if _is_counted(device) else 0
 
 
+def num_allocation_retries(device: torch.device | str) -> int:
+    """How often the allocator of a device had to give memory back before it could go on; 0 where none counts (cpu)."""
+    if not _is_counted(device) or not hasattr(torch.accelerator, "memory_stats"):
+        return 0
+    return int(torch.accelerator.memory_stats(device).get("num_alloc_retries", 0))
+
+
 class AllocatorBytes:
     """What a device's allocator counts, read as `LiveBytes` is: bytes in tensors now, and their peak since a reset."""
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
+from ckpt_trainer.arguments import is_cache
 from ckpt_trainer.block_state import random_state, set_random_state
 from ckpt_trainer.memory import meter_of
 from ckpt_trainer.roofline import Work, WorkCounter
@@ -56,6 +57,11 @@ class Call:
         """Whether autograd stores anything of it."""
         values = (*tree_iter((self.args, dict(self.kwargs))), *self.module.parameters())
         return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in values)
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether it got a key/value cache, which a second call would add to."""
+        return any(is_cache(value) for value in (*self.args, *self.kwargs.values()))
 
 
 class CallNotes:
@@ -109,12 +115,21 @@ def _without_graph(tree: Any) -> Any:
 
 @dataclass(frozen=True)
 class Probe:
-    """What one call of a block does under an action, in the words of `BlockBytes`; bytes, and the ops that ran."""
+    """What one call of a block does under an action.
+
+    Args:
+        stored: Bytes, as in `BlockBytes`.
+        forward: Likewise.
+        backward: Likewise.
+        work: The ops that ran.
+        forward_ops: How many of them in its forward.
+    """
 
     stored: int
     forward: int
     backward: int
     work: Work
+    forward_ops: int
 
 
 def probe(call: Call, run: Run, forward: Callable[..., Any]) -> Probe:
@@ -134,7 +149,7 @@ def probe(call: Call, run: Run, forward: Callable[..., Any]) -> Probe:
         meter.reset_peak()
         with torch.enable_grad(), _autocast(call.autocast):
             output = run(forward, *given.taken())
-        peak, stored = meter.peak - start, meter.current - start
+        peak, stored, ops = meter.peak - start, meter.current - start, sum(counter.work.values())
         leaves = [leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         del output
         edges = [get_gradient_edge(leaf) for leaf in leaves]
@@ -143,7 +158,7 @@ def probe(call: Call, run: Run, forward: Callable[..., Any]) -> Probe:
         leaves.clear()
         wanted = [*given.leaves, *(p for p in call.module.parameters() if p.requires_grad)]
         torch.autograd.grad(edges, wanted, gradients, allow_unused=True)
-        return Probe(stored, peak, meter.peak - start, counter.work)
+        return Probe(stored, peak, meter.peak - start, counter.work, ops)
 
 
 class _Arguments:

@@ -55,14 +55,13 @@ class Device:
     op_seconds: float = 0.0
     is_host: bool = False
 
-    def seconds_with_host(self, work: Work, dispatches: bool) -> float:
+    def seconds_with_host(self, work: Work, more: float = 0.0) -> float:
         """The time of ops that run one after another, with that of the host, which starts them.
 
         Args:
-            dispatches: Whether each op goes through a dispatch mode.
+            more: Seconds of the host beside that.
         """
-        host = sum(work.values()) * (self.op_seconds + (_DISPATCH_SECONDS if dispatches else 0.0))
-        device = self.seconds(work)
+        host, device = sum(work.values()) * self.op_seconds + more, self.seconds(work)
         return device + host if self.is_host else max(device, host)
 
     def seconds(self, work: Work) -> float:
@@ -92,11 +91,8 @@ _TABLE = (
 DEVICES = {device.name: device for device in _TABLE}
 
 
-# Of a dispatch mode in Python, for one op.
-_DISPATCH_SECONDS = 14e-6
-
 # Any host, and any accelerator that the table does not have: what counts is how arithmetic compares with memory traffic.
-HOST = Device("host", 5e10, 5e10, 8e9, 0.0, 0, op_seconds=5e-6, is_host=True)
+HOST = Device("host", 2e11, 9e10, 1.5e10, 0.0, 0, op_seconds=8e-6, is_host=True)
 OTHER = Device("other", 3e14, 2e13, 2e12, 2.5e10, 0, op_seconds=8e-6)
 
 

@@ -21,6 +21,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainerContro
 
 from ckpt_trainer import memory
 from ckpt_trainer.blocks import find_blocks
+from ckpt_trainer.call_costs import costs_of_call
 from ckpt_trainer.distributed import fsdp_mode, may_replay_reentrant, take_over, unused_parameters_decided
 from ckpt_trainer.engine import Checkpointing
 from ckpt_trainer.kbit import Preparation
@@ -200,7 +201,8 @@ class CheckpointingMixin(_Base):
                 self._checkpointing.release()
             memory.reset_peak(self.args.device)
             log_from = self._checkpointing_log_from()
-            self._checkpointing = Checkpointing(model, settings_of(self.args), log_from, self._checkpointing_policy)
+            asked = settings_of(self.args), log_from, self._checkpointing_policy
+            self._checkpointing = Checkpointing(model, *asked, costs_of=costs_of_call)
         return self._checkpointing
 
     def _checkpointing_log_from(self) -> int:

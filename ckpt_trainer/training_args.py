@@ -270,12 +270,23 @@ def settings_of(args: TrainingArguments) -> Settings:
     )
     if not settings.named and settings.plan is None and says_full(settings):
         settings = replace(settings, mode="full")
+    _check_together(args, settings, hf_mode, label, options if options_said else {})
+    return settings
+
+
+def _check_together(
+    args: TrainingArguments,
+    settings: Settings,
+    hf_mode: tuple[str, str, bool] | None,
+    label: str,
+    options_said: Mapping[str, Any],
+) -> None:
+    """Refuse settings that exclude each other, and warn of those that nothing follows from."""
     if settings.plan is not None:
-        every_n = [f"{label}['every_n_layers']"] if options_said and "every_n_layers" in options else []
+        every_n = [f"{label}['every_n_layers']"] if "every_n_layers" in options_said else []
         _refuse_beside_plan(args, ([hf_mode[0]] if hf_mode and hf_mode[2] else []) + every_n)
     refuse_combinations(settings, label)
-    _warn_without_effect(args, settings, label if options and options_said else "")
-    return settings
+    _warn_without_effect(args, settings, label if options_said else "")
 
 
 def settings_of_flags(flags: Mapping[str, Any]) -> Settings:

@@ -32,6 +32,9 @@ from ckpt_trainer import CheckpointedTrainer, CheckpointTrainingArguments
 VOCABULARY = 2048
 BATCH_SIZE = 2
 
+# Between what storing all takes and what recomputing all does.
+BUDGET = "170MiB"
+
 HF = (Trainer, TrainingArguments)
 # The whole change to a script: these two names. In one of your own,
 #     from ckpt_trainer import CheckpointedTrainer as Trainer, CheckpointTrainingArguments as TrainingArguments
@@ -47,6 +50,8 @@ RUNS: dict[str, tuple[tuple[type[Trainer], type[TrainingArguments]], dict[str, A
     "ours: none": (OURS, {"checkpointing_mode": "none"}),
     "ours: selective": (OURS, {"checkpointing_mode": "selective"}),
     "ours: selective, attention": (OURS, {"checkpointing_mode": "selective", "checkpointing_save": "attention"}),
+    # Of live bytes: weights, gradients, optimizer and activations. What fits is stored, and the rest recomputed.
+    f"ours: auto, {BUDGET}": (OURS, {"checkpointing_mode": "auto", "checkpointing_budget": BUDGET}),
     "ours: full": (OURS, {"checkpointing_mode": "full"}),
     "ours: full, every_n=2": (OURS, {"checkpointing_mode": "full", "checkpointing_every_n": 2}),
 }
