@@ -242,7 +242,8 @@ class Planner:
             choice.plan = choice.solution.plan
             choice.measures = choice.solution.peak.bytes > _TIGHT * budget
         except BudgetTooSmall as error:
-            choice.least, choice.measures = error, False
+            # Without its traceback, whose frames hold the arguments and the result of the model.
+            choice.least, choice.measures = error.with_traceback(None), False
         self._planned[key] = choice
         return choice
 

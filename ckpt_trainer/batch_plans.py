@@ -100,7 +100,7 @@ class BatchPlans:
         self.current: Choice | None = None
         self._model, self._blocks, self._runners, self._device = model, blocks, runners, device
         self._by_name = {block.name: block for block in blocks}
-        self._kinds = {name: other for name, other in kinds_of(blocks).items() if name in free and other in free}
+        self._kinds = kinds_of([block for block in blocks if block.name in free])
         self._put_on, self._say = put_on, say
         self._where = next((p.device for block in blocks for p in block.module.parameters()), torch.device("cpu"))
         self._trainable = [p for p in model.parameters() if p.requires_grad]

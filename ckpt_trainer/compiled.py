@@ -82,6 +82,14 @@ def is_compiled(model: nn.Module) -> bool:
     return any(_is_compiled(module) for module in model.modules())
 
 
+def is_eager(model: nn.Module) -> bool:
+    """Whether ops run one by one: not where they are compiled, by the user or within flex attention."""
+    return not is_compiled(model) and not any(
+        "flex" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+        for module in model.modules()
+    )
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
 

@@ -119,10 +119,11 @@ class CompiledPlan:
         leanest: Plan,
         settings: Settings,
         budget_bytes: int,
-        costs_of: CostsOf,
+        costs_of: CostsOf | None,
         put_on: Callable[[Plan | None], None],
         say: Callable[[int, str], None],
     ) -> None:
+        assert costs_of is not None
         self.plan = self._leanest = leanest
         self._model, self._free, self._budget = model, free, budget_bytes
         self._settings, self._costs_of, self._put_on, self._say = settings, costs_of, put_on, say
@@ -136,6 +137,7 @@ class CompiledPlan:
         self._is_off = self._is_asking = False
         self._active, self._optimizer = ExitStack(), ExitStack()
         self._has_begun = False
+        say(logging.INFO, _start_line(budget_bytes, len(free)))
 
     def __enter__(self) -> CompiledPlan:
         if not self._has_begun:
@@ -296,11 +298,10 @@ class CompiledPlan:
         }
 
 
-def start_line(budget_bytes: int, number: int, by: str) -> str:
-    """At the start of training."""
+def _start_line(budget_bytes: int, number: int) -> str:
     return (
-        f"auto: budget {format_bytes(budget_bytes)} for {number} blocks to choose for, compiled by {by}: one plan for all "
-        "sizes, made when the first forward begins by what the step takes without a compiler"
+        f"auto: budget {format_bytes(budget_bytes)} for {number} blocks to choose for, which are compiled: one plan for "
+        "all sizes, made when the first forward begins, by what its step takes without a compiler"
     )
 
 

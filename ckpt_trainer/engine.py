@@ -20,7 +20,7 @@ from ckpt_trainer.auto import Planner
 from ckpt_trainer.batch_plans import BatchPlans
 from ckpt_trainer.blocks import Block, find_blocks, largest_groups
 from ckpt_trainer.budgets import budget_of
-from ckpt_trainer.compiled import is_compiled
+from ckpt_trainer.compiled import is_eager
 from ckpt_trainer.compiled_budget import CompiledPlan, CostsOf
 from ckpt_trainer.costs import Link
 from ckpt_trainer.deepspeed_rules import deepspeed_notes, refuse_emptied
@@ -174,13 +174,14 @@ class Checkpointing:
             self._say(logging.INFO, f"auto: the same is done to micro-batches of all sizes, since {why}")
             return None
         where = report.device_of(self.blocks[0].module)
-        allowed = budget_bytes(self.settings.budget, where, memory.own_bytes(self.model))
-        if not _is_eager(self.model):
-            return self._compiled_plan(free, allowed)
+        allowed = budget_of(self.settings.budget, where, memory.own_bytes(self.model))
+        if not is_eager(self.model):
+            of = self.model, self.blocks, free, self.plan, self.settings, allowed(), self._costs_of
+            return CompiledPlan(*of, self._swap, self._say)
         names = [block.name for block in self.blocks]
-        planner = Planner(names, Plan(self.plan.actions), lambda: allowed, self._link(where), self.plan.sizes)
+        planner = Planner(names, Plan(self.plan.actions), allowed, self._link(where), self.plan.sizes)
         if free:
-            self._say(logging.INFO, auto_lines.start_line(allowed, self.settings.budget, len(free)))
+            self._say(logging.INFO, auto_lines.start_line(allowed(), self.settings.budget, len(free)))
         parts = self._runners, device_of(where), self._swap, self._say
         return BatchPlans(self.model, self.blocks, free, planner, *parts)
 
@@ -193,12 +194,6 @@ class Checkpointing:
         """What the micro-batch that just failed needed, and what would fit."""
         return self._batches.explain_out_of_memory() if self._batches is not None else ""
 
-    def _compiled_plan(self, free: set[str], allowed: int) -> CompiledPlan:
-        assert self._costs_of is not None
-        self._say(logging.INFO, compiled_budget.start_line(allowed, len(free), self._compiled.by))
-        of = self.model, self.blocks, free, self.plan, self.settings, allowed
-        return CompiledPlan(*of, self._costs_of, self._swap, self._say)
-
     def _link(self, where: torch.device) -> Link:
         """The way to host memory, if there is one."""
         if why_not(where) is not None:
@@ -208,7 +203,7 @@ class Checkpointing:
 
     def _why_not_auto(self, is_free: bool) -> str:
         """Why steps of this model cannot be measured; empty where they can."""
-        if not _is_eager(self.model):
+        if not is_eager(self.model):
             costs_of = self._costs_of if is_free else None
             if why := compiled_budget.why_not(self._compiled, self.settings, costs_of):
                 return why
@@ -284,7 +279,7 @@ class Checkpointing:
                 stack.enter_context(one_forward_checked(self.model, self.tally.turns))
             if self._cache_wanted is not None:
                 stack.enter_context(self._use_cache.set_to(self._cache_wanted))
-            if self._is_quantized and _is_eager(self.model):
+            if self._is_quantized and is_eager(self.model):
                 stack.enter_context(without_kept_inputs(self.model))
                 stack.enter_context(following_autocast(self.model))
             first = self._first_pass()
@@ -302,7 +297,7 @@ class Checkpointing:
             self._conclude(first)
 
     def _first_pass(self) -> FirstPass | None:
-        if self._concluded or not self._planned or not _is_eager(self.model):
+        if self._concluded or not self._planned or not is_eager(self.model):
             return None
         if isinstance(self._batches, BatchPlans) and not self._batches.planner.is_ready:
             return None  # a step that is measured is not looked at by two
@@ -397,11 +392,3 @@ class Checkpointing:
     def _say(self, level: int, text: str) -> None:
         if level >= self._log_from:
             logger.log(level, text)
-
-
-def _is_eager(model: nn.Module) -> bool:
-    """Whether ops run one by one: not where they are compiled, by the user or within flex attention."""
-    return not is_compiled(model) and not any(
-        "flex" in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
-        for module in model.modules()
-    )

@@ -371,10 +371,10 @@ def test_the_first_line_counts_by_part_and_says_why_not(caplog):
 def test_nothing_is_counted_where_ops_are_compiled(monkeypatch):
     model = llama(2)
     monkeypatch.setattr(model.config, "_attn_implementation", "flex_attention")
-    assert not engine._is_eager(model)
+    assert not engine.is_eager(model)
     monkeypatch.undo()
-    assert engine._is_eager(model)
-    assert not engine._is_eager(torch.compile(model))
+    assert engine.is_eager(model)
+    assert not engine.is_eager(torch.compile(model))
 
 
 def test_data_parallel_is_refused_with_advice():

@@ -37,6 +37,8 @@ MODES = {
     "expensive": {"checkpointing_mode": "selective"},
     "attention": {"checkpointing_mode": "selective", "checkpointing_save": "attention"},
     "offload": {"checkpointing_mode": "offload"},
+    "auto": {},
+    "auto, no room": {"checkpointing_mode": "auto", "checkpointing_budget": "0B"},
 }
 
 # Those that models with quantised weights are tried with.
@@ -272,6 +274,9 @@ EXPECTED_CALLS = {
     "expensive": ({"rebuild": 8}, 0),
     "attention": ({"recompute": 8}, 8),
     "offload": ({"recompute": 8}, 8),
+    "auto": ({"recompute": 4}, 4),  # all is kept from the second step on
+    "auto, no room": ({"recompute": 8}, 8),
+    "auto, sharded": ({"recompute": 8}, 8),
 }
 
 
