@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckpt_trainer.costs import Link, Sample, between, live_costs
+from ckpt_trainer.costs import Link, Probed, Sample, between, live_costs
 from ckpt_trainer.measured import StepBytes
-from ckpt_trainer.plan import Plan, SizePlan
+from ckpt_trainer.plan import RECOMPUTE, Action, Plan, SizePlan
 from ckpt_trainer.sizes import Size, bucket_of, covers, growth, share, terms
 from ckpt_trainer.solver import Solution, solve
 from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of
@@ -22,6 +22,8 @@ from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of
 _TIGHT = 0.8
 # How often the plan of one size is made anew because a step showed something else than was expected.
 _ROUNDS = 4
+# Sizes whose plan is remembered; all are looked up anew after that many.
+_REMEMBERED = 10_000
 # By how much of the budget a measured peak may differ from the predicted one before that is worth a new plan.
 _SAME = 0.002
 
@@ -53,6 +55,11 @@ class Choice:
     measured_bytes: int | None = None
 
     @property
+    def moves(self) -> bool:
+        """Whether anything leaves the device."""
+        return any(action.place != "device" for action in self.plan.actions.values())
+
+    @property
     def peak(self) -> Peak | None:
         """The predicted peak."""
         return self.solution.peak if self.solution is not None else self.least.least if self.least else None
@@ -77,10 +84,12 @@ class _Limits:
 
     Args:
         offset: Bytes that are taken off the budget.
+        in_flight: Bytes that copies hold beyond what was expected of them, in plans that have any.
         rounds: How often its plan was made anew.
     """
 
     offset: int = 0
+    in_flight: int = 0
     rounds: int = 0
 
 
@@ -118,6 +127,8 @@ class Planner:
         key = size, gradients_are_there
         choice = self._choices.get(key)
         if choice is None:
+            if len(self._choices) >= _REMEMBERED:
+                self._choices.clear()
             choice = self._choices[key] = self._decide(key)
         return choice
 
@@ -128,6 +139,11 @@ class Planner:
     def samples(self) -> Mapping[Key, Sample]:
         """What was measured of which size."""
         return {key: known.sample for key, known in self._known.items()}
+
+    def probes_of(self, size: Size) -> Mapping[str, Mapping[Action, Probed]]:
+        """What probes showed of blocks in micro-batches of this size, whether gradients were there or not."""
+        found = (self._known[size, there].sample.probes for there in (False, True) if (size, there) in self._known)
+        return next((probes for probes in found if probes), {})
 
     def choices(self) -> list[Choice]:
         """The plans that there are, in the order in which they were made."""
@@ -171,10 +187,16 @@ class Planner:
         predicted = choice.peak.bytes if choice.peak is not None else step.peak
         differs = abs(step.peak - predicted) > _SAME * choice.budget_bytes
         exceeds = step.peak > choice.budget_bytes
+        differs_in_step = exceeds or choice.peak is None or choice.peak.phase != "optimizer"
         if limits.rounds >= _ROUNDS or not (differs or exceeds):
             return False
         if known is not None and is_same_size:
-            known.sample, known.costs = known.sample.with_seen(choice.plan, step), None
+            more = self._learn_start(key, step)
+            if choice.moves:  # which block holds what of copies in flight is not to be told
+                limits.in_flight += step.peak - predicted - more if differs_in_step else 0
+            else:
+                known.sample = known.sample.with_seen(choice.plan, step)
+            known.costs = None
         elif step.peak > predicted:
             limits.offset += step.peak - predicted
         else:
@@ -182,6 +204,13 @@ class Planner:
         limits.rounds += 1
         self._forget(key)
         return True
+
+    def _learn_start(self, key: Key, step: StepBytes) -> int:
+        """What came to stay after the first step (workspaces of kernels, caches) is there in all later ones: its bytes."""
+        known, costs = self._known[key], self._costs_known(key)
+        more = step.start - (costs.base_bytes - costs.before_bytes)
+        known.sample = replace(known.sample, bare_bytes=known.sample.bare_bytes + more)
+        return more
 
     def make_leaner(self, choice: Choice, share_left: float) -> Choice:
         """The size of a plan that ran out of memory gets a leaner one.
@@ -197,9 +226,16 @@ class Planner:
             limits.offset += max(0, choice.budget_bytes - aim)
         self._forget(key)
         if choice.solution is None or share_left <= 0:
-            leanest = replace(choice, plan=self.leanest, solution=None, measures=False)
+            leanest = replace(choice, plan=self._leanest_of_all(choice.plan), solution=None, measures=False)
             self._planned[key] = leanest
         return self._planned.get(key) or self._plan(key, self._costs(key))
+
+    def _leanest_of_all(self, failed: Plan) -> Plan:
+        """The leanest plan; if that is what failed, with what it stores on the host, if there is a way."""
+        if not self.link.bytes_per_second or dict(failed.actions) != dict(self.leanest.actions):
+            return self.leanest
+        actions = self.leanest.actions.items()
+        return Plan({name: replace(own, place="host") if own == RECOMPUTE else own for name, own in actions})
 
     def fitting_share(self, choice: Choice) -> float | None:
         """How much of a micro-batch would fit the budget on the leanest plan; None where its costs are not known."""
@@ -225,7 +261,8 @@ class Planner:
             plan = Plan(smallest.actions) if smallest is not None else self.leanest
             return Choice(smallest.inputs if smallest is not None else size, there, plan, self.budget())
         if not self.is_ready:
-            return Choice(size, there, self.leanest, self.budget(), measures=key not in self._known)
+            known = any(own == there and covers(other, size) for other, own in self._known)
+            return Choice(size, there, self.leanest, self.budget(), measures=not known)
         planned = self._planned_size(key)
         if planned in self._planned:
             return self._planned[planned]
@@ -233,10 +270,13 @@ class Planner:
 
     def _plan(self, key: Key, costs: StepCosts | None) -> Choice:
         size, there = key
-        budget = self.budget() - self.lost_bytes - self._limits.setdefault(key, _Limits()).offset
+        limits = self._limits.setdefault(key, _Limits())
+        budget = self.budget() - self.lost_bytes - limits.offset
         choice = Choice(size, there, self.leanest, budget, measures=key not in self._known)
         if costs is None:
             return choice  # and nothing is remembered, so that it is decided anew once it was measured
+        if limits.in_flight:
+            costs = replace(costs, staging_bytes=max(0, costs.staging_bytes + limits.in_flight))
         try:
             choice.solution = solve(costs, budget)
             choice.plan = choice.solution.plan

@@ -4,8 +4,8 @@
 on the model, watches those steps that the planner wants measured, and lets blocks be probed when such a step is over. What
 the optimizer takes is seen by the hooks that every optimizer of torch has.
 
-NOTE on modes. Ops and, on a host, bytes are counted by dispatch modes. They go on when the forward begins. The last callback
-of backward ends what is counted, but cannot take them off: autograd puts back the modes that there were when backward
+NOTE on modes. Ops and, on a host, bytes are counted by dispatch modes. They go on when the forward begins. The last
+callback of backward ends what is counted, but cannot take them off: autograd puts back the modes that there were when backward
 began. They go off with the end of the step, the optimizer or the next forward, whichever is first.
 """
 
@@ -15,11 +15,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer import auto_lines
@@ -29,7 +31,7 @@ from ckpt_trainer.blocks import Block
 from ckpt_trainer.costs import Probed, Sample, bookkeeping_seconds
 from ckpt_trainer.install import Runners
 from ckpt_trainer.measured import StepBytes, new_gradients, read_spans
-from ckpt_trainer.memory import meter_of, num_allocation_retries, reserved_bytes, storages_of
+from ckpt_trainer.memory import LiveBytes, meter_of, num_allocation_retries, reserved_bytes, storages_of
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
 from ckpt_trainer.probes import Call, CallNotes, probe
@@ -210,9 +212,11 @@ class BatchPlans:
         gradients, state = self._gradient_bytes(), self._state_bytes()
         tensors = [leaf for leaf in (*tree_iter(inputs), *self._state()) if isinstance(leaf, Tensor)]
         meter = meter_of(self._where, self._model, *tensors)
-        probed = set(self._kinds.values()) if choice.solution is None else set[str]()
+        # Where gradients are there, a block stores what it stores in a first micro-batch of the same size.
+        known = self.planner.probes_of(size)
+        probed = set(self._kinds.values()) if choice.solution is None and not known else set[str]()
         notes = CallNotes({name: self._by_name[name].module for name in probed})
-        step = WatchedStep(self._model, self._blocks, meter, self._call_at_end)
+        step = WatchedStep(self._model, self._blocks, meter, lambda: self._call_at_end(step))
         self._watch = _Watch(size, choice, step, notes, gradients, state)
         notes.__enter__()
         step.__enter__()
@@ -221,23 +225,26 @@ class BatchPlans:
         if self._watch is not None and torch.is_grad_enabled():
             self._watch.step.end_forward()
 
-    def _call_at_end(self) -> None:
+    def _call_at_end(self, step: WatchedStep) -> None:
         """Within the first hook of backward: have the watch end with it."""
-        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, step))
 
-    def _end_backward(self) -> None:
-        if self._watch is not None and not self._watch.has_ended:
+    def _end_backward(self, step: WatchedStep) -> None:
+        # Not where another forward has begun meanwhile, which is watched in its place.
+        if self._watch is not None and self._watch.step is step and not self._watch.has_ended:
             self._watch.has_ended = True
             self._watch.notes.__exit__(None, None, None)
-            self._watch.step.end()
+            step.end()
 
     def _drop(self) -> None:
         """End what is being measured without learning from it."""
         if self._optimizer_meter is not None:
             meter, self._optimizer_meter = self._optimizer_meter, None
-            meter.__exit__(None, None, None)
-        self._end_backward()
+            # Of a step that failed; who redoes its ops may have taken it off.
+            if not isinstance(meter, LiveBytes) or any(meter is mode for mode in _get_current_dispatch_mode_stack()):
+                meter.__exit__(None, None, None)
         if self._watch is not None:
+            self._end_backward(self._watch.step)
             self._watch.step.__exit__(None, None, None)
         self._watch = None
 
@@ -251,6 +258,7 @@ class BatchPlans:
         step = self._read(watch)
         if step is None:
             return
+        self._note_fragments(step.peak)
         if watch.choice.solution is None:
             self._learn_leanest(watch, step)
         else:
@@ -278,6 +286,7 @@ class BatchPlans:
         finally:
             self._put_on(watch.choice.plan)
         probes = {name: probed for name, probed in found.items() if probed is not None}
+        probes = probes or dict(self.planner.probes_of(watch.size))
         there, known = watch.choice.gradients_are_there, self.planner.samples()
         counted = not there or any(not its for _, its in known)
         bare = step.start - (watch.gradient_bytes if counted else 0) - watch.state_bytes
@@ -308,7 +317,7 @@ class BatchPlans:
             seconds = self._device.seconds_with_host(one.work, bookkeeping_seconds(action, one.forward_ops))
             times = call.times
             levels = times * one.stored, (times - 1) * one.stored + one.forward, (times - 1) * one.stored + one.backward
-            found[action] = Probed(levels, times * seconds)
+            found[action] = Probed(levels, times * seconds, times * self._device.seconds_with_host(one.forward_work))
         self._learned.add(name)
         return found
 

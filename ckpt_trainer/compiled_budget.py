@@ -134,7 +134,7 @@ class CompiledPlan:
         self._on = leanest
         self._seen: list[_Seen] = []
         self._current: _Seen | None = None
-        self._is_off = self._is_asking = False
+        self._is_off = self._is_asking = self._is_chosen = False
         self._active, self._optimizer = ExitStack(), ExitStack()
         self._has_begun = False
         say(logging.INFO, _start_line(budget_bytes, len(free)))
@@ -216,14 +216,17 @@ class CompiledPlan:
         try:
             found = solve(self._with_resident(tightest), self._allowed()).plan.actions
         except BudgetTooSmall as error:
-            self.plan = self._leanest
-            self._say(logging.WARNING, _too_small_line(tightest.size, self._limit, error))
+            self._adopt(self._leanest, logging.WARNING, _too_small_line(tightest.size, self._limit, error))
             return
         plan = Plan({name: found.get(name, action) for name, action in self._leanest.actions.items()})
         plan = plan if all(self._fits(plan, seen) for seen in self._seen) else self._leanest
-        if plan != self.plan or len(self._seen) == 1:
-            self._say(logging.INFO, _plan_line(plan, tightest.size, self._peak(plan, tightest), self._limit))
-        self.plan = plan
+        line = _plan_line(plan, tightest.size, self._peak(plan, tightest), self._limit)
+        self._adopt(plan, logging.INFO, line)
+
+    def _adopt(self, plan: Plan, level: int, line: str) -> None:
+        if plan != self.plan or not self._is_chosen:
+            self._say(level, line)
+        self.plan, self._is_chosen = plan, True
 
     def _fits(self, plan: Plan, seen: _Seen) -> bool:
         return self._peak(plan, seen).bytes <= self._allowed()
@@ -307,7 +310,7 @@ def _start_line(budget_bytes: int, number: int) -> str:
 
 def _plan_line(plan: Plan, size: Size, peak: Peak, limit: int) -> str:
     return (
-        f"auto, {describe(size)}, compiled: {counts(plan)}, as marks; expected peak without the compiler "
+        f"auto, {describe(size)}, compiled: {counts(plan)}; expected peak without the compiler "
         f"{format_bytes(peak.bytes)} ({peak.where}) of {format_bytes(limit)}"
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import median_high
 
 from ckpt_trainer.measured import BlockBytes, StepBytes
 from ckpt_trainer.plan import DEFAULT_SAVE, KEEP, Action, Plan
@@ -180,11 +179,12 @@ def _corrections(sample: Sample) -> _Corrections:
             if action in probes:
                 other = _less(levels, _expected(sample, name, action))
                 found.setdefault((sample.kinds[name], action), []).append(other)
-    return {key: (_middle(several, 0), _middle(several, 1), _middle(several, 2)) for key, several in found.items()}
+    return {key: (_most(several, 0), _most(several, 1), _most(several, 2)) for key, several in found.items()}
 
 
-def _middle(several: Sequence[Levels], which: int) -> int:
-    return median_high([levels[which] for levels in several])
+def _most(several: Sequence[Levels], which: int) -> int:
+    # Not less than expected: the first block of a stack may store less than all others.
+    return max(0, *(levels[which] for levels in several))
 
 
 def _sum(one: Levels, other: Levels) -> Levels:

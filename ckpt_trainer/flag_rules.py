@@ -88,7 +88,9 @@ def without_effect(settings: Settings, said: Collection[str], kwargs: str) -> li
         idle.append("checkpointing_every_n (of modes that are not 'auto')")
     if "checkpointing_save" in said and not any(p.mode == "selective" and p.save == settings.save for p in parts):
         idle.append("checkpointing_save (of mode 'selective')")
-    kinds = {_action(part, settings).kind for part in parts if part.mode != "auto"} if parts else {a.kind for a in actions}
+    kinds = (
+        {_action(part, settings).kind for part in parts if part.mode != "auto"} if parts else {a.kind for a in actions}
+    )
     if "checkpointing_segment" in said and "auto" in modes and "recompute" in kinds:
         idle.append("checkpointing_segment (beside mode 'auto')")
     elif "checkpointing_segment" in said and "recompute" not in kinds:

@@ -122,14 +122,19 @@ class Probe:
         forward: Likewise.
         backward: Likewise.
         work: The ops that ran.
-        forward_ops: How many of them in its forward.
+        forward_work: Those of its forward.
     """
 
     stored: int
     forward: int
     backward: int
     work: Work
-    forward_ops: int
+    forward_work: Work
+
+    @property
+    def forward_ops(self) -> int:
+        """How many ops ran in its forward."""
+        return sum(self.forward_work.values())
 
 
 def probe(call: Call, run: Run, forward: Callable[..., Any]) -> Probe:
@@ -149,7 +154,7 @@ def probe(call: Call, run: Run, forward: Callable[..., Any]) -> Probe:
         meter.reset_peak()
         with torch.enable_grad(), _autocast(call.autocast):
             output = run(forward, *given.taken())
-        peak, stored, ops = meter.peak - start, meter.current - start, sum(counter.work.values())
+        peak, stored, forward_work = meter.peak - start, meter.current - start, counter.work.copy()
         leaves = [leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         del output
         edges = [get_gradient_edge(leaf) for leaf in leaves]
@@ -158,7 +163,7 @@ def probe(call: Call, run: Run, forward: Callable[..., Any]) -> Probe:
         leaves.clear()
         wanted = [*given.leaves, *(p for p in call.module.parameters() if p.requires_grad)]
         torch.autograd.grad(edges, wanted, gradients, allow_unused=True)
-        return Probe(stored, peak, meter.peak - start, counter.work, ops)
+        return Probe(stored, peak, meter.peak - start, counter.work, forward_work)
 
 
 class _Arguments:

@@ -143,7 +143,9 @@ class CheckpointingArguments:
     )
     checkpointing_oom_retries: int = field(
         default=3,
-        metadata={"help": "auto: how often a micro-batch that ran out of memory is redone with a leaner plan, from 0 up."},
+        metadata={
+            "help": "auto: how often a micro-batch that ran out of memory is redone with a leaner plan, from 0 up."
+        },
     )
     checkpointing_compile_budget: float | None = field(
         default=None,

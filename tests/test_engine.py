@@ -84,6 +84,14 @@ def test_by_default_a_loop_of_ones_own_gets_a_plan_for_each_size(budget, replays
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(("flags", "rebuilt"), [({"mode": "auto"}, 0), ({}, 2)], ids=str)
+def test_segments_are_of_mode_full_only(flags, rebuilt):
+    model = llama()
+    with checkpointing(model, segment=2, budget="0B", **flags) as state:
+        step(model)
+    assert state.report()["rebuilt_inputs"] == rebuilt
+
+
 def test_a_mode_that_does_not_exist():
     with (
         pytest.raises(ValueError, match="checkpointing_mode='ful' is not one of auto, full, none"),
@@ -131,7 +139,9 @@ def test_hooks_on_a_block_run_once():
 def test_installed_may_be_entered_again():
     model = llama(2, use_cache=False)
     blocks = find_blocks(model)
-    installed = Installed(blocks, make_plan(blocks, Settings()), Settings(), Runners(blocks, Settings(), tally := Tally()))
+    installed = Installed(
+        blocks, make_plan(blocks, Settings()), Settings(), Runners(blocks, Settings(), tally := Tally())
+    )
     for _ in range(2):
         with installed:
             model(**batch()).loss.backward()

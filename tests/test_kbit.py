@@ -520,7 +520,7 @@ class TestTrainer:
         assert set(seen) == {0}
         assert embeddings._forward_hooks
         assert any("weights" in r.message and "none cast" in r.message for r in caplog.records)
-        assert trainer.memory_report()["recomputed_blocks"] == 3 * 4
+        assert trainer.memory_report()["recomputed_blocks"] == 4  # in the first step; then all of it has room
 
     def test_peft_does_not_turn_checkpointing_on(self, folder, tmp_path):
         model = adapted(peft.prepare_model_for_kbit_training(base(folder)))

@@ -308,7 +308,9 @@ def test_hooks_that_replace_or_change_the_hidden_state():
             tally = Tally()
             model[1].register_forward_hook(hook)
             plan = Plan(dict.fromkeys((block.name for block in blocks), kind))
-            with Installed(blocks, plan, Settings("full", segment=3), Runners(blocks, Settings("full", segment=3), tally)):
+            with Installed(
+                blocks, plan, Settings("full", segment=3), Runners(blocks, Settings("full", segment=3), tally)
+            ):
                 model(torch.randn(4, 8)).sum().backward()
             results.append([parameter.grad for parameter in model.parameters()])
         assert equal(*results)

@@ -143,7 +143,11 @@ def test_what_covers():
 def test_size_of_a_call():
     mask = torch.zeros(2, 1, 5, 5)
     args = torch.zeros(2, 5), None, 3
-    kwargs = {"mask": {"full": mask, "none": None}, "states": (torch.zeros(1), [torch.zeros(2, 2)]), "scale": torch.ones(())}
+    kwargs = {
+        "mask": {"full": mask, "none": None},
+        "states": (torch.zeros(1), [torch.zeros(2, 2)]),
+        "scale": torch.ones(1)[0],
+    }
     assert size_of(args, kwargs) == (
         ("0", (2, 5)),
         ("mask.full", (2, 1, 5, 5)),

@@ -110,7 +110,8 @@ def test_losses_gradient_norms_and_weights_are_those_of_plain_trainer(tmp_path, 
 
 @pytest.mark.parametrize(
     ("flags", "replays"),
-    [(FULL, 12), ({"checkpointing_budget": "0B"}, 12), ({"checkpointing_mode": "none"}, 0), ({"checkpointing_every_n": 2}, 6),
+    [(FULL, 12), ({"checkpointing_budget": "0B"}, 12), ({"checkpointing_mode": "none"}, 0),
+     ({"checkpointing_every_n": 2}, 6),
      ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 3}}, 6),
      ({**FULL, "checkpointing_modules": {"model.layers.[01]": "none"}}, 6)],
     ids=str,
@@ -405,6 +406,7 @@ def test_unfreezing_during_training_is_noticed_at_the_next_step(tmp_path):
     trainer.train()
     assert counts[0] == {"no graph": 3, "recompute": 1}
     assert counts[1] == {"no graph": 3, "recompute": 5}
+    assert not _global_optimizer_pre_hooks
 
 
 def test_signature_is_the_parents():
@@ -686,6 +688,7 @@ def test_prefix_tuning_keeps_its_blocks_and_trains_the_same(tmp_path, caplog):
 
     plain = trained(tmp_path, Trainer, TrainingArguments, model=prefixed())
     assert_same_training(plain, trained(tmp_path, model=prefixed()))
+    assert "cannot be run alone" not in caplog.text  # a second call would add to the cache
     ours = trained(tmp_path, model=prefixed(), **FULL)
     assert_same_training(plain, ours)
     assert ours.memory_report()["calls"] == {"got a key/value cache": 12}

@@ -600,7 +600,10 @@ OFFLOAD_MODE = {"checkpointing_mode": "offload"}
     [
         ({"checkpointing_mode": "selective"}, "checkpointing_mode='selective'"),
         ({"checkpointing_mode": "auto"}, "checkpointing_mode='auto'"),
-        ({"checkpointing_mode": "full", "checkpointing_modules": {"l": "auto"}}, "'auto' in checkpointing_modules['l']"),
+        (
+            {"checkpointing_mode": "full", "checkpointing_modules": {"l": "auto"}},
+            "'auto' in checkpointing_modules['l']",
+        ),
         ({"checkpointing_modules": {"v": "full", "l": "selective:mm"}}, "'selective' in checkpointing_modules['l']"),
         ({"checkpointing_plan": ONE_SELECTIVE}, "a selective block in checkpointing_plan"),
         ({"checkpointing_plan": ONE_MOVED}, "a selective block in checkpointing_plan"),

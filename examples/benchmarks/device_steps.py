@@ -218,25 +218,38 @@ def groups_of(names: Sequence[str]) -> list[list[str]]:
 
 
 def measure_length(
-    stack: Stack, tokens: int, names: Sequence[str], options: Namespace, left: Callable[[], float], exact: bool
+    stack: Stack,
+    tokens: int,
+    names: Sequence[str],
+    options: Namespace,
+    left: Callable[[], float],
+    exact: bool,
+    make: Callable[..., Variant] = make_variant,
 ) -> list[Row]:
     """A row for each variant.
 
     Args:
         left: Seconds until the rounds should be over.
         exact: Compare gradients, too.
+        make: Makes a variant; as `make_variant`.
     """
     rows: dict[str, Row] = {}
     groups = groups_of(names)
     for number, group in enumerate(groups, 1):
         limit = left() / (len(groups) - number + 1)
-        for row in measure_group(stack, tokens, group, options, limit, exact):
+        for row in measure_group(stack, tokens, group, options, limit, exact, make):
             rows.setdefault(row.name, row)
     return [rows[name] for name in names if name in rows]
 
 
 def measure_group(
-    stack: Stack, tokens: int, names: Sequence[str], options: Namespace, limit: float, exact: bool
+    stack: Stack,
+    tokens: int,
+    names: Sequence[str],
+    options: Namespace,
+    limit: float,
+    exact: bool,
+    make: Callable[..., Variant] = make_variant,
 ) -> list[Row]:
     """Bytes, gradients and times of variants, all of them live at once; `limit`: seconds for all of it."""
     batch, start = random_batch(stack, tokens), time.monotonic()
@@ -246,7 +259,7 @@ def measure_group(
         rows.append(row := Row(name))
         began = time.monotonic()
         with failing_into(row):
-            variant = make_variant(name, stack, options, tokens, host_memory.available_bytes())
+            variant = make(name, stack, options, tokens, host_memory.available_bytes())
             row.side = variant.side
             warm(stack, batch, variant)
             if exact:

@@ -4,7 +4,7 @@
 
 The stack has the shapes of Llama-3-8B, with as many blocks as fit. Sections, in this order: `bandwidth` (what copies and
 matmuls reach here), `sanitizer` (torch's, on small steps), `overlap` (a profiler's trace), `steady` (many steps, memory
-held), `times`. What is given takes less than 9 minutes; what does not fit into `--minutes` is left out and says so. What
+held), `auto` and `mixed` (mode `auto`, see `gpu_auto.py`), `times`. What is given takes less than 9 minutes; what does not fit into `--minutes` is left out and says so. What
 does not fit into memory, fails, or is not installed is a row that says so. TRL is imported where it is there; its wheel
 alone is enough (`pip install --no-deps trl`).
 
@@ -44,6 +44,7 @@ from device_steps import (
     profile_step,
     watch_steps,
 )
+from gpu_auto import auto_table, goals_of_auto, goals_of_mixed, measure_auto, measure_mixed, mixed_table
 from measure import circumstances, markdown_table
 from models import read_pairs
 from older_torch import make_up_for_older_torch
@@ -51,7 +52,7 @@ from sanitized import sanitize
 from variants import FULL, OFFLOAD, VARIANTS, Stack, build_stack, input_bytes, without_needless
 
 SCRIPT = "examples/benchmarks/gpu.py"
-SECTIONS = ("bandwidth", "sanitizer", "overlap", "steady", "times")
+SECTIONS = ("bandwidth", "sanitizer", "overlap", "steady", "auto", "mixed", "times")
 
 # What mode offload must keep to: its time over that of `full`, from so many tokens on.
 MAX_RATIO, FROM_TOKENS = 1.02, 8192
@@ -63,7 +64,8 @@ _CONFIG = ["intermediate_size=14336", "num_attention_heads=32", "num_key_value_h
 # Those of --smoke.
 _TINY = {
     "layers": 3, "hidden": 64, "vocab": 64, "chunk": 24, "lengths": [32, 48], "rounds": 2, "overlap_lengths": [32],
-    "steady_lengths": [32], "steady_steps": 3, "buffer": 2**20,
+    "steady_lengths": [32], "steady_steps": 3, "buffer": 2**20, "auto_lengths": [48], "mixed_steps": 4, "mixed_mean": 24,
+    "mixed_longest": 48,
     "config": ["intermediate_size=128", "num_attention_heads=2", "num_key_value_heads=1"],
 }  # fmt: skip
 
@@ -95,7 +97,8 @@ def measure_sections(options: Namespace, save: Callable[[dict[str, Any]], None])
     for section in (section for section in SECTIONS if section in options.sections):
         print(f"{section}, {left():.0f} s left", flush=True)
         if stack is None and section in _WITH_STACK:
-            lengths = (*options.lengths, *options.overlap_lengths, *options.steady_lengths)
+            lengths = (*options.lengths, *options.overlap_lengths, *options.steady_lengths, *options.auto_lengths)
+            lengths = (*lengths, options.mixed_longest)
             stack = build_stack(options, max(lengths), getattr(torch, options.dtype))
             options.variants = without_needless(stack, options.variants, options)
         for found in _MEASURES[section](options, stack, left):
@@ -130,6 +133,21 @@ def _steady(options: Namespace, stack: Stack, left: Callable[[], float]) -> Any:
     yield watch_steps(stack, options.steady_lengths, options.steady_steps, OFFLOAD, options)
 
 
+def _auto(options: Namespace, stack: Stack, left: Callable[[], float]) -> Any:
+    found: list[dict[str, Any]] = []
+    # A part of the time, since `times` takes all that is left.
+    end = time.monotonic() + left() / 3
+    for number, tokens in enumerate(options.auto_lengths):
+        share = partial(_share, left, time.monotonic() + (end - time.monotonic()) / (len(options.auto_lengths) - number))
+        found.append(measure_auto(stack, tokens, options, share))
+        print(auto_table(found[-1]), flush=True)
+        yield found
+
+
+def _mixed(options: Namespace, stack: Stack, left: Callable[[], float]) -> Any:
+    yield measure_mixed(stack, options)
+
+
 def _times(options: Namespace, stack: Stack, left: Callable[[], float]) -> Any:
     found: list[dict[str, Any]] = []
     rows: list[Row] = []
@@ -153,12 +171,14 @@ def _share(left: Callable[[], float], end: float) -> float:
 
 
 _NO_COPIES = (FULL, "none")
-_WITH_STACK = ("overlap", "steady", "times")
+_WITH_STACK = ("overlap", "steady", "auto", "mixed", "times")
 _MEASURES: dict[str, Callable[..., Any]] = {
     "bandwidth": _bandwidth,
     "sanitizer": _sanitizer,
     "overlap": _overlap,
     "steady": _steady,
+    "auto": _auto,
+    "mixed": _mixed,
     "times": _times,
 }
 
@@ -181,6 +201,9 @@ def goals(results: Mapping[str, Any]) -> dict[str, bool | None]:
         growths = [steady.get(f"{key}_growth") for key in ("reserved", "host")]
         text = f"{steady['steps']} steps reserve no more memory of the device and take no more of the host's"
         found[text] = None if steady["status"] or None in growths else not any(growths)
+    for entry in results.get("auto", ()):
+        found |= goals_of_auto(entry)
+    found |= goals_of_mixed(results["mixed"]) if "mixed" in results else {}
     if "sanitizer" in results:
         found["the sanitizer finds no race"] = results["sanitizer"].get("is_clean")
         found["the sanitizer finds the waits that are left out"] = results["sanitizer"].get("finds_dropped_waits")
@@ -211,6 +234,7 @@ def report(options: Namespace, results: Mapping[str, Any]) -> str:
     held = [f"- {_WORDS[holds]}: {text}" for text, holds in goals(results).items()]
     parts += ["## Goals\n\n" + "\n".join(held)] if held else []
     parts += [f"## {entry['tokens']} tokens\n\n{times_table(entry)}" for entry in results.get("times", ())]
+    parts += [f"## Auto, {entry['tokens']} tokens\n\n{auto_table(entry)}" for entry in results.get("auto", ())]
     parts += [f"## {title}\n\n{table(results[name])}" for name, (title, table) in _TABLES.items() if name in results]
     return "\n\n".join(parts) + "\n"
 
@@ -307,6 +331,7 @@ def sanitizer_text(found: Mapping[str, Any]) -> str:
 
 
 _TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "mixed": ("Batches of different lengths", mixed_table),
     "overlap": ("Copies beside computation", overlap_table),
     "steady": ("Many steps", steady_table),
     "bandwidth": ("What this machine reaches", bandwidth_table),
@@ -341,9 +366,11 @@ def read_options(arguments: Sequence[str] | None = None) -> Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 32768, 131072], metavar="TOKENS")
     parser.add_argument("--overlap-lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
     parser.add_argument("--steady-lengths", type=int, nargs="+", default=[8192], metavar="TOKENS", help="in turns")
+    parser.add_argument("--auto-lengths", type=int, nargs="+", default=[8192], metavar="TOKENS")
     parser.add_argument("--model", default="Llama", help="configuration class without `Config` (default: Llama)")
     parser.add_argument("--config", nargs="+", default=_CONFIG, metavar="KEY=VALUE", help="more of its values, as JSON")
     numbers = {"layers": 8, "hidden": 4096, "vocab": 8192, "chunk": 8192, "rounds": 7, "steady-steps": 200}
+    numbers |= {"mixed-steps": 48, "mixed-mean": 2048, "mixed-longest": 8192}
     for name, value in (numbers | {"buffer": 2**29}).items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
     parser.add_argument("--dtype", default="bfloat16", help="(default: bfloat16)")

@@ -53,6 +53,7 @@ class Variant:
         step: Around forward and backward, and timed with them.
         setting: Around that, not timed: what is turned on once for a whole training.
         report: What it tells about itself, if it does.
+        auto: What it tells about the plans of mode `auto`.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Variant:
     step: Context = nullcontext
     setting: Context = nullcontext
     report: Callable[[], dict[str, Any]] = dict
+    auto: Callable[[], dict[str, Any]] = dict
 
 
 class Stack(nn.Module):
@@ -132,11 +134,12 @@ def ours(name: str, stack: Stack, options: Namespace, **flags: Any) -> Variant:
         raise Missing(f"this ckpt_trainer refuses it: {error}") from error
     # Not `checkpointing` itself, which begins anew each time it is entered. This is what the trainer holds.
     state = Checkpointing(stack, settings, log_from=logging.CRITICAL + 1)
-    return Variant(name, "ours", step=state.step, report=partial(_offload_report, state))
+    told = partial(_part_of_report, state, "offload"), partial(_part_of_report, state, "auto")
+    return Variant(name, "ours", state.step, nullcontext, *told)
 
 
-def _offload_report(state: Checkpointing) -> dict[str, Any]:
-    found = state.report().get("offload")
+def _part_of_report(state: Checkpointing, key: str) -> dict[str, Any]:
+    found = state.report().get(key)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
@@ -170,6 +173,59 @@ def _saved_on_host(model: Any) -> Iterator[None]:
             )
         for layer in layers:
             layer._gradient_checkpointing_func = run
+        yield
+
+
+def hf_every_n(name: str, stack: Stack, options: Namespace, every_n: int) -> Variant:
+    """Every n-th layer is recomputed, as transformers 5.23 has it, and as any version can be told to."""
+    return Variant(name, "HF", setting=partial(_every_nth, stack.model, every_n))
+
+
+@contextmanager
+def _every_nth(model: Any, every_n: int) -> Iterator[None]:
+    with hf_enabled(model):
+        for number, layer in enumerate(_checkpointed_layers(model)):
+            layer.gradient_checkpointing = number % every_n == 0
+        yield
+
+
+def _checkpointed_layers(model: Any) -> list[Any]:
+    kind = transformers.modeling_layers.GradientCheckpointingLayer
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+class _OnHost(torch.autograd.Function):
+    """A layer whose input waits on the host, pinned; copies are in line with the computation, which is not waited for."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Any], hidden: Tensor, *args: Any) -> Any:
+        ctx.save_for_backward(hidden.to("cpu", non_blocking=True))
+        ctx.function, ctx.args, ctx.device = function, args, hidden.device
+        with torch.no_grad():
+            return function(hidden, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (saved,) = ctx.saved_tensors
+        hidden = saved.to(ctx.device, non_blocking=True).detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.function(hidden, *ctx.args)
+        torch.autograd.backward(output, gradients[0])
+        return None, hidden.grad, *(None for _ in ctx.args)
+
+
+def unsloth_offload(name: str, stack: Stack, options: Namespace) -> Variant:
+    """Each layer's input goes to the host and comes back for its recompute, in the way that Unsloth has it."""
+    return Variant(name, "Unsloth-style", setting=partial(_inputs_on_host, stack.model))
+
+
+@contextmanager
+def _inputs_on_host(model: Any) -> Iterator[None]:
+    with hf_enabled(model):
+        # The input of the first layer has to need a gradient; transformers 5 sees to it on its own.
+        model.enable_input_require_grads()
+        for layer in _checkpointed_layers(model):
+            layer._gradient_checkpointing_func = _OnHost.apply
         yield
 
 
