@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 
 from ckpt_trainer.costs import Link, Probed, Sample, between, live_costs
 from ckpt_trainer.measured import StepBytes
-from ckpt_trainer.plan import RECOMPUTE, Action, Plan, SizePlan
+from ckpt_trainer.plan import DEFAULT_SAVE, RECOMPUTE, Action, Plan, SizePlan
 from ckpt_trainer.sizes import Size, bucket_of, covers, growth, share, terms
 from ckpt_trainer.solver import Solution, solve
-from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of
+from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of, phase_peaks
 
 # A plan is measured when it is first used only where its peak is above this share of the budget.
 _TIGHT = 0.8
@@ -40,6 +40,7 @@ class Choice:
         plan: What is done to each block.
         budget_bytes: What it was made for.
         solution: What was chosen and what it comes to; None for the leanest plan, of which nothing is known.
+        step_bytes: The predicted peak of the micro-batch itself, the step of the optimizer left out.
         measures: Whether the next micro-batch that runs on it is to be measured.
         least: Where even the leanest plan does not fit: why.
         measured_bytes: The peak that was measured.
@@ -50,6 +51,7 @@ class Choice:
     plan: Plan
     budget_bytes: int
     solution: Solution | None = None
+    step_bytes: int = 0
     measures: bool = False
     least: BudgetTooSmall | None = None
     measured_bytes: int | None = None
@@ -151,11 +153,16 @@ class Planner:
 
     def plan(self) -> Plan:
         """All plans in one, to be saved and given again."""
-        found = [SizePlan(own.size, own.gradients_are_there, own.plan.actions) for own in self.choices() if own.solution]
+        found = [
+            SizePlan(own.size, own.gradients_are_there, own.plan.actions) for own in self.choices() if own.solution
+        ]
         return Plan(self.leanest.actions, tuple(found) or tuple(self.given))
 
     def learn(self, size: Size, sample: Sample) -> None:
         """A micro-batch ran on the leanest plan and was measured."""
+        known = self._known.get((size, sample.gradients_are_there))
+        if known is not None:
+            sample = replace(sample, seen=known.sample.seen)
         self._known[size, sample.gradients_are_there] = _Known(sample)
         self._forget_choices()
 
@@ -184,16 +191,19 @@ class Planner:
         key = choice.size, choice.gradients_are_there
         choice.measured_bytes, choice.measures = step.peak, False
         known, limits = self._known.get(key), self._limits.setdefault(key, _Limits())
-        predicted = choice.peak.bytes if choice.peak is not None else step.peak
+        predicted = choice.step_bytes
         differs = abs(step.peak - predicted) > _SAME * choice.budget_bytes
-        exceeds = step.peak > choice.budget_bytes
-        differs_in_step = exceeds or choice.peak is None or choice.peak.phase != "optimizer"
-        if limits.rounds >= _ROUNDS or not (differs or exceeds):
+        exceeds = step.peak - choice.budget_bytes
+        if exceeds <= 0 and (limits.rounds >= _ROUNDS or not differs):
             return False
-        if known is not None and is_same_size:
+        if (
+            limits.rounds >= _ROUNDS
+        ):  # what a block does depends on its neighbours' actions, and plans may go in circles
+            limits.offset += exceeds
+        elif known is not None and is_same_size:
             more = self._learn_start(key, step)
             if choice.moves:  # which block holds what of copies in flight is not to be told
-                limits.in_flight += step.peak - predicted - more if differs_in_step else 0
+                limits.in_flight = max(0, limits.in_flight + step.peak - predicted - more)
             else:
                 known.sample = known.sample.with_seen(choice.plan, step)
             known.costs = None
@@ -239,7 +249,8 @@ class Planner:
 
     def fitting_share(self, choice: Choice) -> float | None:
         """How much of a micro-batch would fit the budget on the leanest plan; None where its costs are not known."""
-        costs = self._costs((choice.size, choice.gradients_are_there))
+        key = choice.size, choice.gradients_are_there
+        costs = self._costs(key) or self._most(key)
         if costs is None:
             return None
         nothing, least = self._lean_peak(between(None, costs, 0.0)), self._lean_peak(costs)
@@ -276,14 +287,18 @@ class Planner:
         if costs is None:
             return choice  # and nothing is remembered, so that it is decided anew once it was measured
         if limits.in_flight:
-            costs = replace(costs, staging_bytes=max(0, costs.staging_bytes + limits.in_flight))
+            costs = replace(costs, staging_bytes=costs.staging_bytes + limits.in_flight)
         try:
-            choice.solution = solve(costs, budget)
-            choice.plan = choice.solution.plan
+            choice.solution = _solve_with_reserve(costs, budget)
+            choice.plan, options = choice.solution.plan, choice.solution.options
+            peaks = phase_peaks(costs, options).items()
+            choice.step_bytes = max(peak.bytes for phase, peak in peaks if phase != "optimizer")
             choice.measures = choice.solution.peak.bytes > _TIGHT * budget
         except BudgetTooSmall as error:
             # Without its traceback, whose frames hold the arguments and the result of the model.
-            choice.least, choice.measures = error.with_traceback(None), False
+            choice.least = error.with_traceback(None)
+            # Once more, since what was learnt in the first step is left out of the second.
+            choice.measures, limits.rounds = limits.rounds == 0, limits.rounds + 1
         self._planned[key] = choice
         return choice
 
@@ -306,11 +321,20 @@ class Planner:
         low = self._costs_known((smaller, there)) if smaller is not None else None
         if larger is not None:
             return between(low, self._costs_known((larger, there)), share(smaller, larger, size))
-        if smaller is None or low is None:
+        most = self._most(key)
+        if most is None:
             return None
-        most = between(None, low, growth(smaller, size))
         keep = [block.options[0] for block in most.blocks]
         return most if peak_of(most, keep).bytes <= self.budget() else None
+
+    def _most(self, key: Key) -> StepCosts | None:
+        """The most that a step can cost which is larger than one that was measured; None where there is none."""
+        size, there = key
+        smaller = [other for other, its in self._known if its == there and covers(size, other)]
+        nearest = max(smaller, key=terms, default=None)
+        return (
+            between(None, self._costs_known((nearest, there)), growth(nearest, size)) if nearest is not None else None
+        )
 
     def _costs_known(self, key: Key) -> StepCosts:
         known = self._known[key]
@@ -334,3 +358,26 @@ class Planner:
     def _forget_choices(self) -> None:
         self._choices.clear()
         self._planned.clear()
+
+
+def _solve_with_reserve(costs: StepCosts, budget: int) -> Solution:
+    """The best choice with room for what no option says: a block that rebuilds from its input stores that as well where the
+    block before it is replayed, since nobody else does."""
+    found, reserve = solve(costs, budget), 0
+    while (needed := _inputs_stored_twice(costs, found)) > reserve and found.peak.bytes + needed > budget:
+        reserve = needed
+        try:
+            found = solve(costs, budget - reserve)
+        except BudgetTooSmall:
+            break  # then what fits without it, which is measured
+    return found
+
+
+def _inputs_stored_twice(costs: StepCosts, found: Solution) -> int:
+    total, chosen = 0, found.options
+    for block, before, own in zip(costs.blocks, chosen, chosen[1:], strict=False):
+        is_replayed = before.action.kind == "recompute" or before.action.save not in ((), DEFAULT_SAVE)
+        if is_replayed and own.action.kind == "selective" and own.action.save == DEFAULT_SAVE:
+            # What a block stores least is about what it gives to the next.
+            total += min(option.stored_bytes + option.host_bytes for option in block.options)
+    return total

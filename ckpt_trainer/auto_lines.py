@@ -42,11 +42,11 @@ def plan_line(choice: Choice) -> str:
 
 def measured_line(choice: Choice, is_planned_anew: bool) -> str:
     """What was measured of a plan beside what was predicted."""
-    assert choice.peak is not None and choice.measured_bytes is not None
+    assert choice.measured_bytes is not None
     left = choice.budget_bytes - choice.measured_bytes
     room = f"{format_bytes(left)} of the budget left" if left >= 0 else f"{format_bytes(-left)} above the budget"
     return (
-        f"auto, {describe(choice.size)}: predicted {format_bytes(choice.peak.bytes)}, measured "
+        f"auto, {describe(choice.size)}: predicted {format_bytes(choice.step_bytes)}, measured "
         f"{format_bytes(choice.measured_bytes)}, {room}" + ("; planned anew" if is_planned_anew else "")
     )
 
@@ -87,6 +87,8 @@ def _entry(choice: Choice) -> dict[str, Any]:
         "gradients_are_there": choice.gradients_are_there,
         "predicted_peak_bytes": choice.peak.bytes if choice.peak is not None else None,
         "peak_is_in": choice.peak.where if choice.peak is not None else None,
+        # Without the step of the optimizer, as what was measured.
+        "predicted_step_peak_bytes": choice.step_bytes or None,
         "measured_peak_bytes": choice.measured_bytes,
         "actions": dict(Counter(action.short for action in choice.plan.actions.values())),
     }

@@ -5,8 +5,8 @@ on the model, watches those steps that the planner wants measured, and lets bloc
 the optimizer takes is seen by the hooks that every optimizer of torch has.
 
 NOTE on modes. Ops and, on a host, bytes are counted by dispatch modes. They go on when the forward begins. The last
-callback of backward ends what is counted, but cannot take them off: autograd puts back the modes that there were when backward
-began. They go off with the end of the step, the optimizer or the next forward, whichever is first.
+callback of backward ends what is counted, but cannot take them off: autograd puts back the modes that there were when
+backward began. They go off with the end of the step, the optimizer or the next forward, whichever is first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ckpt_trainer.block_classes import kinds_of
 from ckpt_trainer.blocks import Block
 from ckpt_trainer.costs import Probed, Sample, bookkeeping_seconds
 from ckpt_trainer.install import Runners
-from ckpt_trainer.measured import StepBytes, new_gradients, read_spans
+from ckpt_trainer.measured import StepBytes, new_gradients, read_spans, without_held
 from ckpt_trainer.memory import LiveBytes, meter_of, num_allocation_retries, reserved_bytes, storages_of
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
@@ -287,6 +287,7 @@ class BatchPlans:
             self._put_on(watch.choice.plan)
         probes = {name: probed for name, probed in found.items() if probed is not None}
         probes = probes or dict(self.planner.probes_of(watch.size))
+        step = without_held(step, {name: call.held_bytes for name, call in watch.notes.calls.items()})
         there, known = watch.choice.gradients_are_there, self.planner.samples()
         counted = not there or any(not its for _, its in known)
         bare = step.start - (watch.gradient_bytes if counted else 0) - watch.state_bytes

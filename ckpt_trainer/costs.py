@@ -77,8 +77,9 @@ def levels_of(block: BlockBytes) -> Levels:
     return block.stored, block.forward, block.backward
 
 
-# Seconds of the host for what is not in an op, as measured (`examples/benchmarks/frontier.md`, "Bookkeeping alone"): for each
-# replay, for each op of the forward whose saved tensors are looked at, and for each that goes through a dispatch mode, twice.
+# Seconds of the host for what is not in an op, as measured ("Bookkeeping alone" in examples/benchmarks/frontier.md): for
+# each replay, for each op of the forward whose saved tensors are looked at, and for each that goes through a dispatch mode,
+# twice.
 _REPLAY_SECONDS, _LOOK_SECONDS, _DISPATCH_SECONDS = 1.3e-3, 9e-6, 28e-6
 
 
@@ -122,12 +123,21 @@ def live_costs(sample: Sample, gradients: StepBytes, names: Sequence[str], link:
         head_gradient_bytes=gradients.head_gradients,
         before_backward_bytes=step.before_backward,
         before_gradient_bytes=gradients.before_gradients,
-        staging_bytes=max(moved, default=0) * link.prefetch,
+        staging_bytes=bytes_in_flight(moved, link.prefetch),
         gradients_are_there=sample.gradients_are_there,
         host_budget_bytes=link.host_bytes,
         link_bytes_per_second=link.bytes_per_second,
         other_seconds=step.other_seconds,
     )
+
+
+def bytes_in_flight(moved: Sequence[int], prefetch: int) -> int:
+    """The most that copies hold on the device, of blocks that move so much each.
+
+    When a forward ends, the newest block's is still there and that of the block before is on its way out; in backward
+    those that are brought back ahead.
+    """
+    return max(moved, default=0) * max(2, prefetch)
 
 
 def _options(sample: Sample, name: str, corrections: _Corrections, link: Link) -> tuple[Option, ...]:
@@ -216,9 +226,7 @@ def between(low: StepCosts | None, high: StepCosts, share: float) -> StepCosts:
         times = share * block.forward_seconds, share * block.backward_seconds
         return replace(block, options=made[key], forward_seconds=times[0], backward_seconds=times[1])
 
-    none = StepCosts(
-        (), head_backward_bytes=high.head_gradient_bytes, before_backward_bytes=high.before_gradient_bytes
-    )
+    none = StepCosts((), head_backward_bytes=high.head_gradient_bytes, before_backward_bytes=high.before_gradient_bytes)
     least = low if low is not None else none if not high.gradients_are_there else StepCosts(())
     return replace(
         high,

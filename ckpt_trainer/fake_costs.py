@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_iter
 
 from ckpt_trainer.block_classes import passed_over, stand_ins
 from ckpt_trainer.blocks import Block, find_blocks
+from ckpt_trainer.costs import bytes_in_flight
 from ckpt_trainer.engine import Checkpointing
 from ckpt_trainer.measured import BlockBytes, StepBytes, new_gradients, read_spans
 from ckpt_trainer.memory import LiveBytes, storages_of
@@ -212,7 +213,7 @@ def _costs(
         head_gradient_bytes=keep.head_gradients,
         before_backward_bytes=keep.before_backward,
         before_gradient_bytes=keep.before_gradients,
-        staging_bytes=max(links, default=0) * conditions.settings.prefetch,
+        staging_bytes=bytes_in_flight(links, conditions.settings.prefetch),
         gradients_are_there=conditions.gradients_are_there,
         host_budget_bytes=conditions.host_budget_bytes,
         link_bytes_per_second=device.link_bytes_per_second if device is not None and conditions.host else 0.0,

@@ -33,9 +33,7 @@ def _read_hf_flag(args: Any) -> tuple[str, str, bool] | None:
     return (f"{asked[0]}=True", "full", said) if asked else None
 
 
-def read_hf_mode(
-    args: Any, label: str, options: Mapping[str, Any], options_said: bool
-) -> tuple[str, str, bool] | None:
+def read_hf_mode(args: Any, label: str, options: Mapping[str, Any], options_said: bool) -> tuple[str, str, bool] | None:
     """The mode that HF's flag asks for, the key `offload` of its kwargs in its place, or FSDP's own switch."""
     flag, mode = _read_hf_flag(args), getattr(args, "checkpointing_mode", None)
     own_said = mode not in (None, default_of(args, "checkpointing_mode"))

@@ -32,7 +32,6 @@ from ckpt_trainer.segments import Segments, segment_length
 from ckpt_trainer.stored_modules import StoredModules
 from ckpt_trainer.stored_results import StoredResults
 
-
 Run = Rebuildable | Replayable | Movable
 
 

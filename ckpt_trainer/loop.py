@@ -38,7 +38,8 @@ def checkpointing(
         policy: A function of a `Block` that returns its `Action`, the text of one (`selective:attention`), or None for
             what the mode says.
         flags: The other flags without their prefix: `modules`, `every_n`, `save`, `segment`, `plan` (also a `Plan`),
-            `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `budget`, `compile_budget`, `skip_frozen`,
+            `offload_save`, `offload_to`, `offload_dir`, `host_budget`, `prefetch`, `budget`,
+            `compile_budget`, `skip_frozen`,
             `use_reentrant`, `input_grads`, `kbit_upcast`, `self_check`; and of torch's checkpoint
             `preserve_rng_state`, `determinism_check`, `context_fn`, `debug`, `early_stop`.
 

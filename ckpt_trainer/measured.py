@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckpt_trainer.roofline import Device
 from ckpt_trainer.spans import BEFORE, BEFORE_BACKWARD, HEAD, HEAD_BACKWARD, Span
@@ -97,6 +97,20 @@ def read_spans(spans: Sequence[Span], gradients: Mapping[str, int], device: Devi
         start=levels[BEFORE],
         peak=max(span.peak for span in spans),
     )
+
+
+def without_held(step: StepBytes, held: Mapping[str, int]) -> StepBytes:
+    """The same step, had the inputs of some blocks been let go of with their own backward.
+
+    Args:
+        held: Name of a block -> bytes of its inputs that were held until the end of backward.
+    """
+    blocks, later = {}, 0
+    for name, block in reversed(list(step.blocks.items())):
+        blocks[name] = replace(block, backward=max(0, block.backward - later))
+        later += held.get(name, 0)
+    ordered = {name: blocks[name] for name in step.blocks}
+    return replace(step, blocks=ordered, before_backward=max(0, step.before_backward - later))
 
 
 def new_gradients(spans: Sequence[Span]) -> Mapping[str, int]:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from ckpt_trainer.arguments import is_cache
 from ckpt_trainer.block_state import random_state, set_random_state
-from ckpt_trainer.memory import meter_of
+from ckpt_trainer.memory import meter_of, storages_of
 from ckpt_trainer.roofline import Work, WorkCounter
 
 Run = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -51,6 +51,13 @@ class Call:
         """That of its first tensor."""
         tensors = (leaf for leaf in tree_iter((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor))
         return next(tensors, torch.empty(0)).device
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its inputs that would have been freed in backward, had they not been noted."""
+        inputs = [leaf for leaf in tree_iter((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+        storages = (storage for leaf in inputs if leaf.requires_grad for storage in storages_of(leaf))
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     @property
     def needs_graph(self) -> bool:

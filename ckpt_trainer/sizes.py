@@ -57,9 +57,7 @@ def is_like(one: Size, other: Size) -> bool:
 def covers(large: Size, small: Size) -> bool:
     """Whether no dimension of `small` is above that of `large`."""
     pairs = zip(large, small, strict=False)
-    return is_like(large, small) and all(
-        n >= m for (_, ns), (_, ms) in pairs for n, m in zip(ns, ms, strict=True)
-    )
+    return is_like(large, small) and all(n >= m for (_, ns), (_, ms) in pairs for n, m in zip(ns, ms, strict=True))
 
 
 def terms(size: Size) -> tuple[int, ...]:

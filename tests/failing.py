@@ -84,6 +84,7 @@ def leaner(state, attempt, retries):
     mode = "full" if attempt == retries else "selective"
     state.settings = dataclasses.replace(state.settings, mode=mode)
     state._carry_out()
+    state.oom_retries = retries
     state.asked.append((attempt, retries))
 
 

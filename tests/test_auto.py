@@ -101,7 +101,8 @@ def test_until_the_optimizer_made_a_step_all_run_lean():
     made = planner(10**9, ids(100), is_ready=False)
     assert not made.choose(ids(100), False).measures
     assert made.choose(ids(100), True).measures  # gradients are there: something else
-    assert made.choose(ids(50), False).measures
+    assert not made.choose(ids(50), False).measures  # what the larger one showed holds for it
+    assert made.choose(ids(200), False).measures
     assert all(choice.plan == LEANEST for choice in (made.choose(ids(100), False), made.choose(ids(50), False)))
     made.learn_optimizer(STATE, TEMPORARY)
     assert actions(made.choose(ids(100), False)) == [KEEP] * 4

@@ -1,11 +1,11 @@
-"""Mode `auto` that runs out of memory anywhere, in steps that are measured too: the training is bitwise the undisturbed one."""
+"""Mode `auto` that runs out of memory anywhere, in steps that are measured too: the training is the undisturbed one."""
 
 import gc
 
 import pytest
-import torch
-from failing import NEVER, Failing
-from test_rescue import Rescued, assert_same, history, model_with_statistics, seed, train, trainer_of
+from accelerate.utils.memory import should_reduce_batch_size
+from failing import ERROR, NEVER, Failing
+from test_rescue import Rescued, assert_same, history, model_with_statistics, train, trainer_of
 from tiny_models import llama
 
 from ckpt_trainer import CheckpointedTrainer
@@ -47,5 +47,45 @@ def test_every_place_of_each_kind_of_step(tmp_path, accumulation):
             break
         assert_same(found, expected)
         places += len(failing.failed)
-        first += 97
-    assert places > 25
+        first += 211
+    assert places > 12
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_what_fails_again_and_again_gets_the_leanest_plan_then_an_error(tmp_path, accumulation, caplog):
+    flags = {"gradient_accumulation_steps": accumulation, "checkpointing_oom_retries": 2}
+    failing = Failing(first=300)
+    failing.times = NEVER
+    with pytest.raises(OutOfMemory) as raised:
+        trained(tmp_path, failing, **flags)
+    text = str(raised.value)
+    for words in ("run again 2 times", "input_ids 2x12", "recompute", ERROR):
+        assert words in text
+    assert should_reduce_batch_size(raised.value)
+    assert "a smaller micro-batch" in text
+
+
+def test_a_step_that_fails_once_goes_on_with_a_leaner_plan(tmp_path):
+    expected = trained(tmp_path, Failing(first=NEVER), max_steps=6)
+    trainer = trainer_of(
+        tmp_path, Failing(first=NEVER), Real, llama(4, use_cache=False), checkpointing_mode="auto", max_steps=6
+    )
+    trainer.train()
+    kept = trainer.memory_report()["auto"]["sizes"][0]
+    assert kept["actions"] == {"keep": 4}
+    assert history(expected)
+
+    class FailsInTheFifth(Real):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == 4:
+                self.failing.next = 150
+            return super().training_step(*args, **kwargs)
+
+    model = llama(4, use_cache=False)
+    trainer = trainer_of(
+        tmp_path, Failing(first=NEVER, skip=NEVER), FailsInTheFifth, model, checkpointing_mode="auto", max_steps=6
+    )
+    train(trainer)
+    (found,) = trainer.memory_report()["auto"]["sizes"]
+    assert found["actions"] != {"keep": 4}
+    assert found["predicted_peak_bytes"] < kept["predicted_peak_bytes"]

@@ -294,7 +294,7 @@ def test_what_is_stored_on_the_host():
     for here, there in (options[:2], options[2:]):
         assert (there.stored_bytes, there.host_bytes, there.link_bytes) == (0, here.stored_bytes, here.stored_bytes)
         assert (there.forward_bytes, there.backward_bytes) == (here.forward_bytes, here.backward_bytes)
-    assert costs.staging_bytes == options[1].link_bytes
+    assert costs.staging_bytes == 2 * options[1].link_bytes
     assert costs.link_bytes_per_second == H100.link_bytes_per_second
     assert costs.host_budget_bytes == 7
 

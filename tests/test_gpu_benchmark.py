@@ -1,4 +1,4 @@
-"""The benchmark of mode offload on a device: what it computes from what it measured, and that all of it runs in small."""
+"""The benchmark of modes offload and auto on a device: what it computes from what it measured, and that all of it runs in small."""
 
 import json
 import sys
@@ -181,6 +181,73 @@ class TestGoals:
         assert len(self.failing(found)) == 3
 
 
+def auto_entry(ratio=0.8, measured=100, predicted=103, exact=True):
+    from gpu_auto import Aim
+
+    rows = [
+        row("full", ratios=[1.0], is_exact=True),
+        row("offload inputs", ratios=[0.79], is_exact=True),
+        row("HF every_n=2", "HF", ratios=[0.5], is_exact=True),
+        row("TRL offload, all", "TRL", status="not tried"),
+        row("auto", ratios=[ratio], is_exact=exact),
+    ]
+    aim = Aim("auto", 110, predicted, measured)
+    peaks = {"full": 60, "offload inputs": 110, "HF every_n=2": 111, "auto": measured}
+    return {"tokens": 64, "rows": rows, "peaks": peaks, "aims": [vars(aim) | {"error": aim.error}]}
+
+
+class TestGoalsOfAuto:
+    def failing(self, **changed):
+        from gpu_auto import goals_of_auto
+
+        return [text for text, holds in goals_of_auto(auto_entry(**changed)).items() if not holds]
+
+    def test_hold(self):
+        assert self.failing() == []
+
+    def test_who_is_faster_counts_only_in_the_same_memory(self):
+        from gpu_auto import fastest_within
+
+        assert fastest_within(auto_entry(), 110)["name"] == "offload inputs"
+        assert fastest_within(auto_entry(), 111)["name"] == "HF every_n=2"
+        assert fastest_within(auto_entry(), 59) is None
+        assert self.failing(ratio=0.79 * 1.029) == []
+        (text,) = self.failing(ratio=0.79 * 1.031)
+        assert text.endswith("(offload inputs, 0.790)")
+
+    def test_peaks(self):
+        (text,) = self.failing(measured=111, predicted=111)
+        assert "the peak is within the budget" in text
+        assert self.failing(predicted=104) == []
+        (text,) = self.failing(predicted=94)
+        assert text.endswith("within 5% of the measured one: -6.0%")
+        assert len(self.failing(measured=None)) == 2
+
+    def test_gradients(self):
+        assert len(self.failing(exact=False)) == len(self.failing(exact=None)) == 1
+
+    def test_they_are_among_all_goals(self):
+        from gpu import goals
+
+        assert len([holds for holds in goals({"auto": [auto_entry()]}).values() if holds]) == 4
+
+    def test_different_lengths(self):
+        from gpu_auto import goals_of_mixed, mixed_table
+
+        found = {
+            "lengths": [5, 9, 5, 9], "budget": 50 * MIB, "status": {"HF full": "out of memory"},
+            "seconds": {"none": [9.0, 9.0, 1.0, 3.0], "auto": [9.0, 9.0, 2.0, 2.1]}, "peaks": {"none": 99, "auto": 50 * MIB},
+        }  # fmt: skip
+        assert list(goals_of_mixed(found).values()) == [True, True]
+        assert "longest 9 tokens" in mixed_table(found)
+        assert "- HF full: out of memory" in mixed_table(found)
+        found["seconds"]["auto"][3], found["peaks"]["auto"] = 2.2, 50 * MIB + 1
+        assert list(goals_of_mixed(found).values()) == [False, False]
+        found["seconds"].pop("none")
+        assert list(goals_of_mixed(found).values()) == [None, False]
+        assert "did not run" in mixed_table(found)
+
+
 class TestPlanningOfTime:
     def test_costs_grow_faster_than_tokens(self):
         from device_steps import GROWTH, Row, predicted_costs
@@ -342,6 +409,7 @@ SMALL = ["--variants", "full", "offload inputs", "offload all", "HF offload", "n
 class TestSmoke:
     def test_everything_runs(self, monkeypatch, tmp_path, capsys):
         import gpu
+        import gpu_auto
 
         output = tmp_path / "results" / "gpu.md"
         options_of(monkeypatch, *SMALL, "--output", str(output))
@@ -361,6 +429,21 @@ class TestSmoke:
         exact = {row["name"]: row["is_exact"] for row in data["times"][0]["rows"]}
         assert all(exact[name] for name in ("full", "offload inputs", "offload all", "none"))
         assert data["steady"]["steps"] == 3
+        (auto,) = data["auto"]
+        assert [aim["name"] for aim in auto["aims"]] == list(gpu_auto.SHARES)
+        rows = {row["name"]: row for row in auto["rows"]}
+        for name in ("full", "none", "HF full", "HF every_n=2", "Unsloth-style offload", *gpu_auto.SHARES):
+            assert rows[name]["status"] == ""
+            assert rows[name]["is_exact"]
+            assert auto["peaks"][name] > 0
+        for aim in auto["aims"]:
+            assert auto["peaks"]["full"] < aim["measured"] <= aim["budget"] < auto["peaks"]["none"]
+            assert abs(aim["error"]) < gpu_auto.MAX_ERROR
+        assert rows["TRL offload, recompute"]["status"]
+        assert list(data["mixed"]["seconds"]) == list(gpu_auto.MIXED)
+        assert all(len(its) == 4 for its in data["mixed"]["seconds"].values())
+        assert data["mixed"]["peaks"]["auto"] <= data["mixed"]["budget"]
+        assert "different lengths: auto's peak is within its budget" in text
         assert "data race" not in text
 
     def test_bytes_of_a_fake_device_are_told(self, monkeypatch, capsys):
@@ -390,6 +473,40 @@ class TestSmoke:
         options.offload = {"no_such_flag": 1}
         with pytest.raises(Missing, match="refuses"):
             make_variant("offload inputs", stack, options, 32, 2**40)
+
+    @pytest.mark.parametrize("name", ["HF every_n=2", "HF full", "Unsloth-style offload"])
+    @pytest.mark.parametrize("full", [False, True])
+    def test_what_others_offer_is_undone_and_exact(self, monkeypatch, name, full):
+        from device_steps import gradients
+        from gpu_auto import OTHERS
+        from variants import build_stack, plain, random_batch
+
+        options = options_of(monkeypatch, *(["--full-finetuning"] if full else []))
+        stack = build_stack(options, 32, torch.float32)
+        batch, variant = random_batch(stack, 32), OTHERS[name](name, stack, options)
+        expected = gradients(stack, batch, plain("none", stack, options))
+        ran = []
+        handle = stack.model.model.layers[1].self_attn.register_forward_pre_hook(lambda *_: ran.append(1))
+        found = gradients(stack, batch, variant)
+        assert len(ran) == (1 if name == "HF every_n=2" else 2)
+        assert len(found) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(found, expected))
+        handle.remove()
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in stack.modules())
+        assert not stack.model.get_input_embeddings()._forward_hooks
+
+    def test_what_does_not_fit_plainly_leaves_most_of_the_device(self, monkeypatch):
+        import gpu_auto
+        from variants import build_stack, random_batch
+
+        def refuse_step():
+            raise torch.OutOfMemoryError("no")
+
+        options = options_of(monkeypatch)
+        stack = build_stack(options, 32, torch.float32)
+        monkeypatch.setitem(gpu_auto.VARIANTS, "none", lambda *_: gpu_auto.Variant("none", "plain", step=refuse_step))
+        least, most = gpu_auto.range_of(stack, random_batch(stack, 32), options)
+        assert least == most > 0
 
     def test_what_would_kill_the_process_is_not_tried(self, monkeypatch):
         from variants import Missing, build_stack, make_variant

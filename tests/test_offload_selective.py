@@ -423,7 +423,9 @@ def nested_results(model, batch, plan=None, settings=None):
         if isinstance(module, (Outer, Inner))
     ]
     settings = settings or Settings()
-    made = plan and Installed(blocks, plan(blocks), settings, Runners(blocks, settings, Tally(), offloading_of(settings)))
+    made = plan and Installed(
+        blocks, plan(blocks), settings, Runners(blocks, settings, Tally(), offloading_of(settings))
+    )
     results = []
     for _ in range(2):
         with made or nullcontext():

@@ -159,7 +159,7 @@ def test_every_op_of_a_micro_batch(tmp_path, accumulation, caplog, monkeypatch):
     assert generators() == expected
     assert_same(found, plain)
     assert len(found.failing.failed) >= 0.95 * ops / skip  # leaner plans have fewer ops
-    assert len(set(found.failing.failed)) > 30  # of as many kinds
+    assert len(set(found.failing.failed)) >= 25  # of as many kinds
     lines = [record.getMessage() for record in caplog.records if "ran out of memory" in record.getMessage()]
     assert len(lines) == len(found.failing.failed)
     places = {"forward", "backward"}

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -89,7 +88,9 @@ def claims(points: Sequence[Point], aims: Sequence[Budget]) -> dict[str, bool]:
         elif "range" in auto.name:
             found[f"{auto.name}: extra time {auto.time - 1:.3f}, below {other.time - 1:.3f}"] = auto.time < other.time
         else:
-            found[f"{auto.name}: time {auto.time:.3f}, at most 1.03 x {other.time:.3f}"] = auto.time <= 1.03 * other.time
+            found[f"{auto.name}: time {auto.time:.3f}, at most 1.03 x {other.time:.3f}"] = (
+                auto.time <= 1.03 * other.time
+            )
     return found
 
 
@@ -100,7 +101,9 @@ def table(points: Sequence[Point], aims: Sequence[Budget]) -> str:
         auto, other = by_name[aim.auto.name], by_name[aim.other]
         cells = (f"{aim.peak / MIB:.1f}", f"{auto.peak / MIB:.1f}", f"{auto.time:.3f}", f"{other.time:.3f}")
         rows.append((aim.auto.name, *cells, other.name, "yes" if auto.is_exact else "NO"))
-    return markdown_table(("variant", "budget MiB", "peak MiB", "time", "time of", "it is compared with", "exact"), rows)
+    return markdown_table(
+        ("variant", "budget MiB", "peak MiB", "time", "time of", "it is compared with", "exact"), rows
+    )
 
 
 def run(options: argparse.Namespace, dtype: str) -> tuple[str, bool]:
@@ -112,8 +115,11 @@ def run(options: argparse.Namespace, dtype: str) -> tuple[str, bool]:
     held = claims(points, aims)
     lines = "\n".join(f"- {'yes' if holds else 'NO'}: {claim}" for claim, holds in held.items())
     noise = next(point for point in points if point.name == "plain, again")
-    size = f"{options.model}, {options.layers} layers, width {options.hidden}, {options.batch} x {options.tokens} tokens"
-    text = f"## {size}, {dtype}\n\n{table(points, aims)}\n\nPlain training again: {noise.time:.3f}. {options.rounds} rounds:\n\n{lines}"
+    size = (
+        f"{options.model}, {options.layers} layers, width {options.hidden}, {options.batch} x {options.tokens} tokens"
+    )
+    about = f"Plain training again: {noise.time:.3f}. {options.rounds} rounds:"
+    text = f"## {size}, {dtype}\n\n{table(points, aims)}\n\n{about}\n\n{lines}"
     return text, all(holds for claim, holds in held.items() if "peak" in claim or "losses" in claim)
 
 
@@ -121,7 +127,9 @@ def main() -> None:
     options = read_options()
     make_repeatable()
     transformers.utils.logging.set_verbosity_error()
-    notes = "Peaks and budgets are bytes beyond weights and inputs. Time: of forward and backward, plain training = 1, medians."
+    notes = (
+        "Peaks and budgets: bytes beyond weights and inputs. Time: forward and backward, plain training = 1, medians."
+    )
     sections, holds = [f"# Auto at the memory of the others\n\n{notes}\n\n{circumstances(SCRIPT)}"], True
     for dtype in options.dtype:
         text, own = run(options, dtype)

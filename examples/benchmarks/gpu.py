@@ -138,7 +138,9 @@ def _auto(options: Namespace, stack: Stack, left: Callable[[], float]) -> Any:
     # A part of the time, since `times` takes all that is left.
     end = time.monotonic() + left() / 3
     for number, tokens in enumerate(options.auto_lengths):
-        share = partial(_share, left, time.monotonic() + (end - time.monotonic()) / (len(options.auto_lengths) - number))
+        share = partial(
+            _share, left, time.monotonic() + (end - time.monotonic()) / (len(options.auto_lengths) - number)
+        )
         found.append(measure_auto(stack, tokens, options, share))
         print(auto_table(found[-1]), flush=True)
         yield found

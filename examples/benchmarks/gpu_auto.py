@@ -28,7 +28,6 @@ from variants import (
     OFFLOAD,
     VARIANTS,
     Batch,
-    Missing,
     Stack,
     Variant,
     hf_every_n,
@@ -127,7 +126,11 @@ def measure_auto(stack: Stack, tokens: int, options: Namespace, left: Callable[[
             aims[name].measured = peaks[name] = peak_of_step(stack, batch, made)
             aims[name].predicted, aims[name].plan = predicted_peak(made, tokens)
             return made
-        made = OTHERS[name](name, stack, options) if name in OTHERS else make_variant(name, stack, options, tokens, available)
+        made = (
+            OTHERS[name](name, stack, options)
+            if name in OTHERS
+            else make_variant(name, stack, options, tokens, available)
+        )
         if name not in peaks:
             run(stack, batch, made)  # what is learnt in a first step holds from the second on
             peaks[name] = peak_of_step(stack, batch, made)
@@ -246,13 +249,26 @@ def goals_of_mixed(found: Mapping[str, Any]) -> dict[str, bool | None]:
     shown = f"{rate:.3f}" if rate is not None else "not measured"
     text = f"different lengths: auto reaches {MIN_THROUGHPUT} of the throughput of plain training: {shown}"
     within = None if peak is None else peak <= found["budget"]
-    return {text: None if rate is None else rate >= MIN_THROUGHPUT, "different lengths: auto's peak is within its budget": within}
+    return {
+        text: None if rate is None else rate >= MIN_THROUGHPUT,
+        "different lengths: auto's peak is within its budget": within,
+    }
 
 
 def auto_table(entry: Mapping[str, Any]) -> str:
     """A row for each budget, then one for each other variant."""
     rows = {row["name"]: row for row in entry["rows"]}
-    header = ("variant", "budget", "predicted", "measured", "difference", "of full", "fastest other within it", "exact", "plan")
+    header = (
+        "variant",
+        "budget",
+        "predicted",
+        "measured",
+        "difference",
+        "of full",
+        "fastest other within it",
+        "exact",
+        "plan",
+    )
     lines = [(*_aim_cells(entry, aim, rows.get(aim["name"], {})),) for aim in entry["aims"]]
     others = [_other_cells(row, entry["peaks"].get(name)) for name, row in rows.items() if name not in SHARES]
     theirs = markdown_table(("variant", "peak", "of full", "exact", "note"), others)
@@ -274,7 +290,13 @@ def _aim_cells(entry: Mapping[str, Any], aim: Mapping[str, Any], row: Mapping[st
 
 def _other_cells(row: Mapping[str, Any], peak: int | None) -> tuple[str, ...]:
     exact = _WORDS[row["is_exact"]]
-    return row["name"], format_bytes(peak) if peak is not None else "-", _ratio(row["ratio"]), exact, row["status"] or "-"
+    return (
+        row["name"],
+        format_bytes(peak) if peak is not None else "-",
+        _ratio(row["ratio"]),
+        exact,
+        row["status"] or "-",
+    )
 
 
 def _ratio(ratio: float | None) -> str:

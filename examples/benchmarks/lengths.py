@@ -14,7 +14,6 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,9 +81,9 @@ def digest_weights(model: nn.Module) -> str:
 
 
 def draw_lengths(number: int, mean: float, longest: int) -> list[int]:
-    """Lengths of lognormal distribution (sigma 0.8) with this mean, cut at the longest, which occurs."""
+    """Lengths of lognormal distribution (sigma 0.6) with this mean, cut at the longest, which occurs."""
     generator = torch.Generator().manual_seed(0)
-    sigma = 0.8
+    sigma = 0.6
     center = torch.tensor(mean).log() - sigma**2 / 2
     drawn = torch.empty(number).log_normal_(float(center), sigma, generator=generator)
     lengths = [int(length) for length in drawn.round().clamp(8, longest)]
@@ -110,12 +109,11 @@ def block_bytes(options: argparse.Namespace, longest: Tensor) -> int:
 
 
 def run_in_turns(trainings: Sequence[Training], options: argparse.Namespace, batches: Sequence[Tensor]) -> None:
-    with ExitStack():
-        running = [training.steps(options, batches) for training in trainings]
-        for number in range(len(batches) + 1):  # once more, for what comes after the last step
-            for training in running:
-                next(training, None)
-            print(f"\r  step {number} of {len(batches)}", end="", flush=True)
+    running = [training.steps(options, batches) for training in trainings]
+    for number in range(len(batches) + 1):  # once more, for what comes after the last step
+        for training in running:
+            next(training, None)
+        print(f"\r  step {number} of {len(batches)}", end="", flush=True)
     print()
 
 
@@ -139,12 +137,16 @@ def main() -> None:
     peaks = {training.name: peak_of(options, batches, training.flags) for training in trainings[:3]}
     text = table(trainings, peaks, budget)
     exact = all(t.losses == trainings[0].losses and t.digest == trainings[0].digest for t in trainings)
-    size = f"{options.model}, {options.layers} layers, width {options.hidden}, {options.batch} x lengths of mean {options.mean}"
+    size = f"{options.model}, {options.layers} layers, width {options.hidden}"
+    recomputed = trainings[1].report["calls"].get("recompute", 0) // options.layers
+    about = (
+        f"{size}, {options.batch} x lengths of mean {options.mean}, longest {options.tokens}; {options.steps} steps, the "
+        f"first ones included. Budget of `auto`: {budget / MIB:.1f} MiB. It recomputed every block in {recomputed} steps, "
+        "in which sizes larger than any before were measured."
+    )
     notes = (
         f"# Batches of different lengths\n\n{__doc__.partition('    python')[0].strip()}\n\n{circumstances(SCRIPT)}\n\n"
-        f"{size}, longest {options.tokens}; {options.steps} steps, the first ones included. Budget of `auto`: {budget / MIB:.1f} MiB. "
-        f"Sizes that were measured on the leanest plan: {trainings[1].report['calls'].get('recompute', 0) // options.layers} "
-        f"steps recomputed every block.\n\n{text}\n\nLosses and weights equal: {'yes' if exact else 'NO'}.\n"
+        f"{about}\n\n{text}\n\nLosses and weights equal: {'yes' if exact else 'NO'}.\n"
     )
     print(notes)
     if options.output is not None:
@@ -163,13 +165,15 @@ def table(trainings: Sequence[Training], peaks: dict[str, int], budget: int) -> 
         peak = peaks.get(training.name)
         cells = (f"{peak / MIB:.1f}", "yes" if peak <= budget else "no") if peak is not None else ("", "")
         rows.append((training.name, f"{whole / sum(training.seconds):.3f}", f"{later:.3f}", *cells))
-    return markdown_table(("mode", "throughput, none = 1", "second half of the steps", "peak MiB", "within the budget"), rows)
+    return markdown_table(
+        ("mode", "throughput, none = 1", "second half of the steps", "peak MiB", "within the budget"), rows
+    )
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, layers=12, hidden=256, tokens=1024, batch=2)
-    parser.add_argument("--steps", type=int, default=200, help="batches (default: 200)")
+    add_options(parser, layers=8, hidden=256, tokens=1024, batch=2)
+    parser.add_argument("--steps", type=int, default=300, help="batches (default: 300)")
     parser.add_argument("--mean", type=int, default=200, help="mean length (default: 200)")
     parser.add_argument("--output", type=Path, help="markdown file to write")
     return parser.parse_args(arguments)

@@ -222,8 +222,9 @@ def unsloth_offload(name: str, stack: Stack, options: Namespace) -> Variant:
 @contextmanager
 def _inputs_on_host(model: Any) -> Iterator[None]:
     with hf_enabled(model):
-        # The input of the first layer has to need a gradient; transformers 5 sees to it on its own.
-        model.enable_input_require_grads()
+        # The input of the first layer has to need a gradient; transformers 5 has seen to it.
+        if not model.get_input_embeddings()._forward_hooks:
+            model.enable_input_require_grads()
         for layer in _checkpointed_layers(model):
             layer._gradient_checkpointing_func = _OnHost.apply
         yield
