@@ -33,7 +33,7 @@ FLOOR = {
     "study": 13, "estimates": 14, "estimate_command": 15,
     "__init__": 15, "script": 15, "measured_rows": 12, "bench": 13, "bench_command": 14, "cli": 16, "__main__": 17,
 }  # fmt: skip
-DECIDING = {"policies", "choices", "prices", "exchange", "search", "solver"}
+DECIDING = {"policies", "sizes", "costs", "auto", "choices", "prices", "exchange", "search", "solver"}
 DOING = {
     "block_state", "side_channels", "rebuild_rules", "rebuild", "sites", "ops", "chosen_ops", "packed", "runs", "segments",
     "stored_results", "stored_modules", "compiled", "drawing", "recompute", "install", "prepare", "kbit", "gradient_check",
