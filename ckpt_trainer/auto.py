@@ -85,12 +85,14 @@ class _Limits:
     """What was learnt of one size by running it.
 
     Args:
-        offset: Bytes that are taken off the budget.
+        offset: Bytes that are taken off the budget, since there was less memory than that.
+        error: By how many bytes more was measured than predicted, where nothing else tells why.
         in_flight: Bytes that copies hold beyond what was expected of them, in plans that have any.
         rounds: How often its plan was made anew.
     """
 
     offset: int = 0
+    error: int = 0
     in_flight: int = 0
     rounds: int = 0
 
@@ -191,26 +193,22 @@ class Planner:
         key = choice.size, choice.gradients_are_there
         choice.measured_bytes, choice.measures = step.peak, False
         known, limits = self._known.get(key), self._limits.setdefault(key, _Limits())
-        predicted = choice.step_bytes
-        differs = abs(step.peak - predicted) > _SAME * choice.budget_bytes
-        exceeds = step.peak - choice.budget_bytes
-        if exceeds <= 0 and (limits.rounds >= _ROUNDS or not differs):
+        error = step.peak - choice.step_bytes
+        is_exact = known is not None and is_same_size
+        exceeds = step.peak > self.budget() - self.lost_bytes - limits.offset
+        differs = abs(error - limits.error) > _SAME * choice.budget_bytes and (is_exact or error > limits.error)
+        if not exceeds and (limits.rounds >= _ROUNDS or not differs):
             return False
-        if (
-            limits.rounds >= _ROUNDS
-        ):  # what a block does depends on its neighbours' actions, and plans may go in circles
-            limits.offset += exceeds
-        elif known is not None and is_same_size:
+        # What a block does depends on its neighbours' actions too, so that plans may go in circles: not for ever.
+        if known is None or not is_same_size or limits.rounds >= _ROUNDS:
+            limits.error = max(limits.error, error)
+        else:
             more = self._learn_start(key, step)
             if choice.moves:  # which block holds what of copies in flight is not to be told
-                limits.in_flight = max(0, limits.in_flight + step.peak - predicted - more)
+                limits.in_flight = max(0, limits.in_flight + error - more)
             else:
                 known.sample = known.sample.with_seen(choice.plan, step)
             known.costs = None
-        elif step.peak > predicted:
-            limits.offset += step.peak - predicted
-        else:
-            return False
         limits.rounds += 1
         self._forget(key)
         return True
@@ -282,7 +280,7 @@ class Planner:
     def _plan(self, key: Key, costs: StepCosts | None) -> Choice:
         size, there = key
         limits = self._limits.setdefault(key, _Limits())
-        budget = self.budget() - self.lost_bytes - limits.offset
+        budget = self.budget() - self.lost_bytes - limits.offset - limits.error
         choice = Choice(size, there, self.leanest, budget, measures=key not in self._known)
         if costs is None:
             return choice  # and nothing is remembered, so that it is decided anew once it was measured

@@ -223,8 +223,12 @@ def test_a_budget_that_is_too_small():
     assert choice.plan == LEANEST
     assert choice.least.least.bytes == budget + 1
     assert choice.peak == choice.least.least
-    assert not choice.measures
+    assert choice.measures  # once more: the first step may have taken more than later ones
     assert made.choose(size, False) is choice
+    made.learn(size, made.samples()[size, False])
+    again = made.choose(size, False)
+    assert again.least is not None
+    assert not again.measures
     assert "no plan fits" in plan_line(choice)
     assert "input_ids 1x100" in plan_line(choice)
 
@@ -304,8 +308,10 @@ def test_it_is_not_planned_anew_for_ever():
         if not made.learn_peak(choice, replace(step, peak=choice.budget_bytes + 1), True):
             break
         rounds += 1
-    assert rounds == 4
+        assert rounds < 10
+    assert rounds == 5  # four with what was seen, then one with less to plan for
     assert made.choose(size, False) is choice
+    assert choice.budget_bytes < plain_peak(size, KEEP)
 
 
 def test_the_optimizer_counts():

@@ -99,10 +99,9 @@ def test_peak_is_as_predicted_and_in_the_budget_at_eight_budgets(name):
                     break
             errors.append(error)
             plans.append(state.plan)
-    # The inputs that are noted for probes are in the measured step, so that the leanest plan is said to take a little more.
-    assert errors[0] < 0.09
-    assert max(errors[1:]) < 0.02
-    assert max(firsts) < 0.09
+    # Of blocks that are recomputed, what the first step showed is kept, so that it is rather more than less.
+    assert max(errors) < (0.013 if name in ("t5", "lora") else 0.01)
+    assert max(firsts) < 0.03
     assert len({str(plan) for plan in plans}) >= 4
     plain = Training(name)
     without_cache(plain.model)
