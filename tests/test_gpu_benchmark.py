@@ -1,4 +1,4 @@
-"""The benchmark of modes offload and auto on a device: what it computes from what it measured, and that all of it runs in small."""
+"""The benchmark of modes offload and auto on a device: what it computes from what it measured; all of it runs in small."""
 
 import json
 import sys
@@ -236,7 +236,8 @@ class TestGoalsOfAuto:
 
         found = {
             "lengths": [5, 9, 5, 9], "budget": 50 * MIB, "status": {"HF full": "out of memory"},
-            "seconds": {"none": [9.0, 9.0, 1.0, 3.0], "auto": [9.0, 9.0, 2.0, 2.1]}, "peaks": {"none": 99, "auto": 50 * MIB},
+            "seconds": {"none": [9.0, 9.0, 1.0, 3.0], "auto": [9.0, 9.0, 2.0, 2.1]},
+            "peaks": {"none": 99, "auto": 50 * MIB},
         }  # fmt: skip
         assert list(goals_of_mixed(found).values()) == [True, True]
         assert "longest 9 tokens" in mixed_table(found)

@@ -4,9 +4,9 @@
 
 The stack has the shapes of Llama-3-8B, with as many blocks as fit. Sections, in this order: `bandwidth` (what copies and
 matmuls reach here), `sanitizer` (torch's, on small steps), `overlap` (a profiler's trace), `steady` (many steps, memory
-held), `auto` and `mixed` (mode `auto`, see `gpu_auto.py`), `times`. What is given takes less than 9 minutes; what does not fit into `--minutes` is left out and says so. What
-does not fit into memory, fails, or is not installed is a row that says so. TRL is imported where it is there; its wheel
-alone is enough (`pip install --no-deps trl`).
+held), `auto` and `mixed` (mode `auto`, see `gpu_auto.py`), `times`. What is given takes less than 9 minutes; what does not
+fit into `--minutes` is left out and says so. What does not fit into memory, fails, or is not installed is a row that says
+so. TRL is imported where it is there; its wheel alone is enough (`pip install --no-deps trl`).
 
 On a machine without an accelerator nothing can be measured; `--smoke` runs all of this with tiny sizes on any machine.
 """

@@ -1,6 +1,6 @@
 """Mode `auto` on a real device: is its peak what was predicted, and is it faster than what others offer in that memory?
 
-Run by `gpu.py`, as its sections `auto` and `mixed`. The first has three budgets between the peak of `full` and that of plain
+Run by `gpu.py`, as its sections `auto` and `mixed`. The first has three budgets between the peaks of `full` and of plain
 training; beside `auto` at each of them stand the variants of `gpu.py`, transformers' modes and an offload in the way of
 Unsloth, of which the fastest that stays within the same memory counts. The second trains batches of different lengths
 (`lengths.py`) with the memory that `full` needs for the longest, and a block's worth of activations more.
@@ -313,4 +313,5 @@ def mixed_table(found: Mapping[str, Any]) -> str:
     said = "".join(f"\n- {name}: {why}" for name, why in found["status"].items())
     if not ran or ran[0].name != "none":
         return f"{lengths}. Plain training did not run, so that there is nothing to compare with.\n{said}"
-    return f"{lengths}, budget {format_bytes(found['budget'])}.\n\n{throughput_table(ran, found['peaks'], found['budget'])}\n{said}"
+    table = throughput_table(ran, found["peaks"], found["budget"])
+    return f"{lengths}, budget {format_bytes(found['budget'])}.\n\n{table}\n{said}"

@@ -148,7 +148,8 @@ class TestOthers:
     def test_memory_of_another_process_is_not_in_the_budget(self):
         held = 512 * MIB
         before, asked = budget_bytes(0.9, DEVICE), budget_bytes(2**60, DEVICE)
-        script = f"import torch; t = torch.empty({held}, dtype=torch.uint8, device='{DEVICE}'); print('held', flush=True); input()"
+        taken = f"torch.empty({held}, dtype=torch.uint8, device='{DEVICE}')"
+        script = f"import torch; held = {taken}; print('held', flush=True); input()"
         other = subprocess.Popen(
             [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
