@@ -261,6 +261,11 @@ class TestAsPython:
 
 
 class TestEnd:
+    @pytest.fixture(autouse=True)
+    def _hook_of_python(self, monkeypatch):
+        # Other tests bring libraries that put a hook of their own there.
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+
     @pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("sys.exit()", 0), ("sys.exit(0)", 0), ("pass", 0)])
     def test_exit_codes(self, write, end, code):
         assert main(["run", write(f"import sys\n{end}")]) == code
