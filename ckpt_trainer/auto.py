@@ -264,11 +264,16 @@ class Planner:
 
     def _decide(self, key: Key) -> Choice:
         size, there = key
+        if key in self._planned:  # made leaner, it may be
+            return self._planned[key]
         if self.given:
             larger = [own for own in self.given if own.gradients_are_there == there and covers(own.inputs, size)]
             smallest = min(larger, key=lambda own: terms(own.inputs), default=None)
+            own_size = smallest.inputs if smallest is not None else size
+            if (own_size, there) in self._planned:
+                return self._planned[own_size, there]
             plan = Plan(smallest.actions) if smallest is not None else self.leanest
-            return Choice(smallest.inputs if smallest is not None else size, there, plan, self.budget())
+            return Choice(own_size, there, plan, self.budget())
         if not self.is_ready:
             known = any(own == there and covers(other, size) for other, own in self._known)
             return Choice(size, there, self.leanest, self.budget(), measures=not known)

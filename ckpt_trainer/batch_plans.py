@@ -12,7 +12,8 @@ backward began. They go off with the end of the step, the optimizer or the next 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,8 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer import auto_lines
@@ -31,7 +30,8 @@ from ckpt_trainer.blocks import Block
 from ckpt_trainer.costs import Probed, Sample, bookkeeping_seconds
 from ckpt_trainer.install import Runners
 from ckpt_trainer.measured import StepBytes, new_gradients, read_spans, without_held
-from ckpt_trainer.memory import LiveBytes, meter_of, num_allocation_retries, reserved_bytes, storages_of
+from ckpt_trainer.memory import bytes_of, meter_of, num_allocation_retries, reserved_bytes
+from ckpt_trainer.optimizer_watch import OptimizerWatch
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
 from ckpt_trainer.probes import Call, CallNotes, probe
@@ -45,9 +45,6 @@ ACTIONS = (KEEP, *(Action("selective", save=(tier,)) for tier in TIERS), RECOMPU
 
 # Plans and measurements that are told in the log.
 _LINES = 24
-
-# Optimizer steps that are measured: the first makes its state, the second shows what it takes besides.
-_OPTIMIZER_STEPS = 2
 
 
 @dataclass
@@ -106,17 +103,15 @@ class BatchPlans:
         self._put_on, self._say = put_on, say
         self._where = next((p.device for block in blocks for p in block.module.parameters()), torch.device("cpu"))
         self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._ids = {id(p) for p in self._trainable}
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._optimizer_steps = 0
-        self._optimizer_hooks: list[Any] = []
-        self._optimizer_meter: Any = None
-        self._optimizer_peak = 0
+        parts = self._where, self._trainable, self.conclude, planner.learn_optimizer
+        self._optimizers = OptimizerWatch(*parts)
         self._watch: _Watch | None = None
         self._learned: set[str] = set()
         self._said: list[Choice] = []
         self._retries = num_allocation_retries(self._where)
         self._lines = 0
+        self._was_called = self._said_other_way = self._said_several = False
+        self._open: weakref.ref[Tensor] | None = None
         self._has_begun_without = False
         self._active = ExitStack()
         for action in ACTIONS:
@@ -131,11 +126,8 @@ class BatchPlans:
         return found
 
     def __enter__(self) -> BatchPlans:
-        if not self._optimizer_hooks:  # they stay until the end of training: its steps are between those of the model
-            self._optimizer_hooks = [
-                register_optimizer_step_pre_hook(self._before_optimizer),
-                register_optimizer_step_post_hook(self._after_optimizer),
-            ]
+        self._optimizers.open()  # until the end of training: its steps are between those of the model
+        self._was_called, self._num_calls = False, self._runners.num_calls
         self._active.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._active.callback(self._model.register_forward_hook(self._end_forward).remove)
         self._active.callback(self._drop)
@@ -145,19 +137,38 @@ class BatchPlans:
         try:
             if kind is None:
                 self.conclude()
+                if not self._was_called and (self.current is not None or self._runners.num_calls > self._num_calls):
+                    self._note_other_way()
         finally:
             self._active.close()
+
+    def _note_other_way(self) -> None:
+        """A step came by without a call of the model, so that no plan was chosen: the leanest from now on."""
+        if not self._said_other_way:
+            self._say(
+                logging.WARNING,
+                "auto: a step ran without a call of the model itself (of a part of it, or under no_grad), so that no plan "
+                "was chosen for it. From such steps on, blocks store their inputs only until the model is called.",
+            )
+        self._said_other_way, self.current = True, None
+        self._put_on(self.planner.leanest)
 
     def release(self) -> None:
         """Training is over."""
         self._drop()
-        while self._optimizer_hooks:
-            self._optimizer_hooks.pop().remove()
+        self._optimizers.close()
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
-            return
+            return None
+        self._was_called = True
         self.conclude()
+        if self._is_open():
+            self._begin_another()
+        else:
+            self._begin_one(args, kwargs)
+
+    def _begin_one(self, args: Any, kwargs: Any) -> None:
         self._drop()  # a forward that no backward followed
         size, there = size_of(args, kwargs), self._gradients_are_there()
         if not self.planner.is_ready and not there:
@@ -165,13 +176,29 @@ class BatchPlans:
         choice = self.planner.choose(size, there)
         if choice is not self.current:
             self._adopt(choice)
-        if choice.measures:
+        if choice.measures and torch._C._current_graph_task_id() == -1:  # within a backward, modes are not ours to push
             self._start_watching(size, choice, (args, kwargs))
+
+    def _is_open(self) -> bool:
+        """Whether the graph of the forward before is there, and no backward through it has begun."""
+        return self._open is not None and self._open() is not None
+
+    def _begin_another(self) -> None:
+        """A second forward before the backward of the first: what both hold together is not known."""
+        if not self._said_several:
+            self._said_several = True
+            self._say(
+                logging.WARNING,
+                "auto: two forwards before a backward; the later ones store inputs of blocks only, and what both hold "
+                "together is not part of what is predicted. Set checkpointing_budget lower by what one of them holds.",
+            )
+        self.current = None
+        self._put_on(self.planner.leanest)
 
     def _note_window(self) -> None:
         # An optimizer that is none of torch's calls no hook: its step is over when there are no gradients again.
         if self._has_begun_without:
-            self.planner.learn_optimizer(self._state_bytes(), 0)
+            self.planner.learn_optimizer(self._optimizers.state_bytes, 0)
         self._has_begun_without = bool(self.planner.samples())
 
     def _gradients_are_there(self) -> bool:
@@ -186,7 +213,7 @@ class BatchPlans:
 
     def _tell(self, level: int, text: str) -> None:
         self._lines += 1
-        if self._lines <= _LINES:
+        if self._lines <= _LINES or level > logging.INFO:
             self._say(level, text)
         if self._lines == _LINES:
             self._say(logging.INFO, "auto: plans of further sizes are in memory_report()['auto']")
@@ -209,8 +236,8 @@ class BatchPlans:
         return auto_lines.as_data(self.planner, self.planner.budget())
 
     def _start_watching(self, size: Size, choice: Choice, inputs: Any) -> None:
-        gradients, state = self._gradient_bytes(), self._state_bytes()
-        tensors = [leaf for leaf in (*tree_iter(inputs), *self._state()) if isinstance(leaf, Tensor)]
+        gradients, state = self._gradient_bytes(), self._optimizers.state_bytes
+        tensors = [leaf for leaf in (*tree_iter(inputs), *self._optimizers.state()) if isinstance(leaf, Tensor)]
         meter = meter_of(self._where, self._model, *tensors)
         # Where gradients are there, a block stores what it stores in a first micro-batch of the same size.
         known = self.planner.probes_of(size)
@@ -222,8 +249,18 @@ class BatchPlans:
         step.__enter__()
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self._watch is not None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return
+        if self._watch is not None:
             self._watch.step.end_forward()
+        results = (leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        result = next(results, None)
+        if result is not None and self._open is None:
+            self._open = weakref.ref(result, self._close)
+            result.register_hook(self._close)  # type: ignore[no-untyped-call]
+
+    def _close(self, gone: Any) -> None:
+        self._open = None
 
     def _call_at_end(self, step: WatchedStep) -> None:
         """Within the first hook of backward: have the watch end with it."""
@@ -238,11 +275,7 @@ class BatchPlans:
 
     def _drop(self) -> None:
         """End what is being measured without learning from it."""
-        if self._optimizer_meter is not None:
-            meter, self._optimizer_meter = self._optimizer_meter, None
-            # Of a step that failed; who redoes its ops may have taken it off.
-            if not isinstance(meter, LiveBytes) or any(meter is mode for mode in _get_current_dispatch_mode_stack()):
-                meter.__exit__(None, None, None)
+        self._optimizers.drop()
         if self._watch is not None:
             self._end_backward(self._watch.step)
             self._watch.step.__exit__(None, None, None)
@@ -322,52 +355,9 @@ class BatchPlans:
         self._learned.add(name)
         return found
 
-    def _before_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_ours(optimizer):
-            return
-        self.conclude()
-        if self._optimizer_steps < _OPTIMIZER_STEPS and self._optimizer_meter is None:
-            self._optimizer_meter = meter_of(self._where)
-            self._optimizer_meter.__enter__()
-            self._level, self._state_then = self._optimizer_meter.current, self._state_bytes()
-
-    def _after_optimizer(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._optimizer_meter is None or not self._is_ours(optimizer):
-            return
-        meter, self._optimizer_meter = self._optimizer_meter, None
-        meter.__exit__(None, None, None)
-        new = self._state_bytes() - self._state_then
-        self._optimizer_peak = max(self._optimizer_peak, meter.peak - self._level - new, 0)
-        self._optimizer_steps += 1
-        self.planner.learn_optimizer(self._state_bytes(), self._optimizer_peak)
-
-    def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        if not any(optimizer is known for known in self._optimizers):
-            if not any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"]):
-                return False
-            self._optimizers.append(optimizer)
-        return True
-
-    def _state(self) -> Iterator[Tensor]:
-        for optimizer in self._optimizers:
-            yield from (leaf for leaf in tree_iter(list(optimizer.state.values())) if isinstance(leaf, Tensor))
-
-    def _state_bytes(self) -> int:
-        return _bytes(self._state(), self._where)
-
     def _gradient_bytes(self) -> int:
-        return _bytes((p.grad for p in self._trainable if p.grad is not None), self._where)
+        return bytes_of((p.grad for p in self._trainable if p.grad is not None), self._where)
 
 
 def _plainly(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return forward(*args, **kwargs)
-
-
-def _bytes(tensors: Any, device: torch.device) -> int:
-    sizes = {
-        storage._cdata: storage.nbytes()
-        for tensor in tensors
-        if tensor.device.type == device.type
-        for storage in storages_of(tensor)
-    }
-    return sum(sizes.values())

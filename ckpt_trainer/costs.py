@@ -141,8 +141,14 @@ def bytes_in_flight(moved: Sequence[int], prefetch: int) -> int:
 
 
 def _options(sample: Sample, name: str, corrections: _Corrections, link: Link) -> tuple[Option, ...]:
-    if name not in sample.step.blocks:  # it did not run
-        return (Option(KEEP, 0, 0, 0),)
+    if name not in sample.step.blocks:  # it did not run, which others of its kind did: it may the next time
+        ran = (
+            own for own, kind in sample.kinds.items() if kind == sample.kinds.get(name) and own in sample.step.blocks
+        )
+        other = next(ran, None)
+        if other is None:
+            return (Option(sample.plan.actions.get(name, KEEP), 0, 0, 0),)
+        return _options(sample, other, corrections, link)
     real, lean = levels_of(sample.step.blocks[name]), sample.plan[name]
     probes = sample.probes.get(sample.kinds.get(name, ""))
     if not probes:  # it is given one action, or stores nothing

@@ -209,6 +209,8 @@ class Checkpointing:
                 return why
         if isinstance(self.model, nn.DataParallel):
             return "nn.DataParallel copies the model in each step"
+        if any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules()):
+            return "SyncBatchNorm makes all ranks run the same blocks"
         devices = {parameter.device for block in self.blocks for parameter in block.module.parameters()}
         if len(devices) > 1:
             return f"its blocks are on {len(devices)} devices"

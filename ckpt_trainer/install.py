@@ -59,6 +59,11 @@ class Runners:
         self._selections: dict[tuple[str, tuple[str, ...]], Selection] = {}
         self._replayables: dict[str, Replayable] = {}
 
+    @property
+    def num_calls(self) -> int:
+        """Calls of blocks so far that an action did something to."""
+        return self._tally.calls.total()
+
     def selection(self, block: Block, action: Action) -> Selection | None:
         """What of a block is stored besides its inputs; None where an action does not choose."""
         if action.kind != "selective" or action.save == EXPENSIVE:

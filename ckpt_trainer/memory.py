@@ -16,7 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._pytree import tree_iter
 
 try:
@@ -144,6 +148,13 @@ class AllocatorBytes:
         pass
 
 
+def leave(meter: Any) -> None:
+    """Leave a meter. A mode that was entered within backward is gone from the stack once that is over: autograd puts the
+    modes back that it began with."""
+    if not isinstance(meter, TorchDispatchMode) or any(meter is mode for mode in _get_current_dispatch_mode_stack()):
+        meter.__exit__(None, None, None)
+
+
 def meter_of(device: torch.device, *baseline: nn.Module | Tensor) -> LiveBytes | AllocatorBytes:
     """What counts the bytes of a device: its allocator, or `LiveBytes` where none does. `baseline`: there already."""
     return AllocatorBytes(device) if _is_counted(device) else LiveBytes(*baseline)
@@ -183,6 +194,12 @@ def own_bytes(*owners: nn.Module | Tensor) -> int:
     tensors = list(_tensors(owners))
     tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
     return sum({s._cdata: s.nbytes() for tensor in tensors for s in storages_of(tensor)}.values())
+
+
+def bytes_of(tensors: Iterable[Tensor], device: torch.device) -> int:
+    """Bytes of the distinct storages of those tensors that are on a kind of device."""
+    own = (tensor for tensor in tensors if tensor.device.type == device.type)
+    return sum({storage._cdata: storage.nbytes() for tensor in own for storage in storages_of(tensor)}.values())
 
 
 def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:

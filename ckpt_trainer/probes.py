@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
@@ -206,7 +207,7 @@ def _as_it_was(call: Call) -> Iterator[None]:
     """Random numbers and buffers are afterwards as they were before."""
     devices = {torch.device("cpu"), call.device}
     states = [(device, random_state(device)) for device in devices]
-    python = random.getstate()
+    python, numbers = random.getstate(), numpy.random.get_state()
     buffers = [(module, dict(module._buffers)) for module in call.module.modules() if module._buffers]
     for module, own in buffers:
         module._buffers.update({name: _copy(buffer) for name, buffer in own.items()})
@@ -216,6 +217,7 @@ def _as_it_was(call: Call) -> Iterator[None]:
         for module, own in buffers:
             module._buffers.update(own)
         random.setstate(python)
+        numpy.random.set_state(numbers)
         for device, state in states:
             set_random_state(device, state)
 

@@ -7,12 +7,16 @@ what lies above one. Plain numbers: no tensor is kept.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 # Name of an input -> its dimensions, in the order of the call.
 Size = tuple[tuple[str, tuple[int, ...]], ...]
+
+# Numbers that say of how many tokens there are logits.
+_NUMBERS = ("logits_to_keep", "num_logits_to_keep")
 
 # Dimensions below this are taken as they are; above it there are so many buckets in each power of two.
 _EXACT, _BUCKETS = 64, 8
@@ -26,9 +30,11 @@ def size_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Size:
 def _shapes(*groups: Any) -> Iterator[tuple[str, Any]]:
     for name, value in (entry for group in groups for entry in group):
         shape = getattr(value, "shape", None)
-        if isinstance(shape, tuple):
+        if name in _NUMBERS and isinstance(value, int):
+            yield str(name), (value,)
+        elif isinstance(shape, tuple):
             yield str(name), shape
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):
             yield from ((f"{name}.{inner}", shape) for inner, shape in _shapes(value.items()))
         elif isinstance(value, (list, tuple)):
             yield from ((f"{name}.{inner}", shape) for inner, shape in _shapes(enumerate(value)))
@@ -63,7 +69,11 @@ def covers(large: Size, small: Size) -> bool:
 def terms(size: Size) -> tuple[int, ...]:
     """What bytes may grow with."""
     numbers = [prod(dims) for _, dims in size]
-    longest = max((dim for _, dims in size for dim in dims[1:]), default=1)
+    firsts = Counter(dims[0] for _, dims in size if dims)
+    rows = max(firsts, key=lambda dim: (firsts[dim], dim), default=1)
+    # The first dimension is the rows of the batch, but not of inputs that are packed into one.
+    lengths = (dims[1:] if dims and dims[0] == rows else dims for _, dims in size)
+    longest = max((dim for dims in lengths for dim in dims), default=1)
     return (*numbers, *(number * longest for number in numbers))
 
 

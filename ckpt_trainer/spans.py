@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.memory import AllocatorBytes, LiveBytes
+from ckpt_trainer.memory import AllocatorBytes, LiveBytes, leave
 from ckpt_trainer.roofline import Work, WorkCounter
 
 Meter = LiveBytes | AllocatorBytes
@@ -59,7 +59,6 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
     def __init__(self, live: Meter, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.spans: list[Span] = []
-        self.is_over = False
         self._live = live
         self._waiting: Span | None = None
         self._is_over = False
@@ -75,8 +74,6 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
         """End a span and begin another; with `soon`, at the next op, when what the caller held until then is gone."""
         if self._is_over:
             return  # hooks on tensors stay: a graph may be kept, and run again
-        if self.is_over:
-            return
         self._begin_waiting()
         span = Span(name, backward, 0)
         if soon:
@@ -92,6 +89,8 @@ class _Cutter(WorkCounter):  # type: ignore[no-untyped-call]
             self._is_over = True
 
     def _end_last(self) -> None:
+        if not self.spans:
+            return
         last = self.spans[-1]
         last.peak, last.work = max(last.start, self._live.peak), self.work
         if last.backward:
@@ -147,8 +146,9 @@ class WatchedStep:
         return self._cutter.spans
 
     def __enter__(self) -> WatchedStep:
-        self._stack.enter_context(self._meter)
-        self._stack.enter_context(self._cutter)
+        for mode in (self._meter, self._cutter):
+            mode.__enter__()
+            self._stack.callback(leave, mode)
         for block in self._blocks:
             entering, leaving = partial(self._enter, block.name), partial(self._leave, block.name)
             self._stack.callback(block.module.register_forward_pre_hook(entering, with_kwargs=True).remove)
@@ -165,8 +165,10 @@ class WatchedStep:
         self._cutter.end()
 
     def __exit__(self, *error: object) -> None:
-        self.end()
-        self._stack.close()
+        try:
+            self.end()
+        finally:
+            self._stack.close()
 
     def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():

@@ -28,7 +28,7 @@ FLOOR = {
     "rebuild": 7, "stored_modules": 7,
     "recompute": 8, "install": 9, "first_pass": 9, "hf_flags": 9, "training_args": 10, "report": 10,
     "out_of_memory": 1, "retrying": 2, "collectives": 0, "window": 1, "rescue": 3,
-    "quantized": 11, "engine": 11, "call_costs": 13, "loop": 14, "trainer": 14, "auto_lines": 7,
+    "optimizer_watch": 1, "quantized": 11, "engine": 11, "call_costs": 13, "loop": 14, "trainer": 14, "auto_lines": 7,
     "comparison": 1, "optimizers": 0, "model_configs": 0, "model_arguments": 1, "predicted_rows": 6, "largest": 2,
     "study": 13, "estimates": 14, "estimate_command": 15,
     "__init__": 15, "script": 15, "measured_rows": 12, "bench": 13, "bench_command": 14, "cli": 16, "__main__": 17,
