@@ -160,7 +160,7 @@ class BatchPlans:
 
     def _begin(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
-            return None
+            return
         self._was_called = True
         self.conclude()
         if self._is_open():
@@ -176,7 +176,8 @@ class BatchPlans:
         choice = self.planner.choose(size, there)
         if choice is not self.current:
             self._adopt(choice)
-        if choice.measures and torch._C._current_graph_task_id() == -1:  # within a backward, modes are not ours to push
+        # Within a backward, and around what counts FLOPs of one forward, modes are not ours to push.
+        if choice.measures and torch._C._current_graph_task_id() == -1 and not self._runners.is_counting:
             self._start_watching(size, choice, (args, kwargs))
 
     def _is_open(self) -> bool:

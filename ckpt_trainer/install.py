@@ -60,6 +60,11 @@ class Runners:
         self._replayables: dict[str, Replayable] = {}
 
     @property
+    def is_counting(self) -> bool:
+        """Whether FLOPs of a forward are counted just now."""
+        return self._tally.counter is not None
+
+    @property
     def num_calls(self) -> int:
         """Calls of blocks so far that an action did something to."""
         return self._tally.calls.total()

@@ -148,11 +148,18 @@ class AllocatorBytes:
         pass
 
 
-def leave(meter: Any) -> None:
-    """Leave a meter. A mode that was entered within backward is gone from the stack once that is over: autograd puts the
-    modes back that it began with."""
-    if not isinstance(meter, TorchDispatchMode) or any(meter is mode for mode in _get_current_dispatch_mode_stack()):
-        meter.__exit__(None, None, None)
+def leave(*meters: Any) -> None:
+    """Leave meters in the order given, the last that was entered first.
+
+    Modes that were entered within backward are gone once that is over: autograd puts the modes back that it began with.
+    Where another mode's end took one of ours off in its place, that one is taken off here in turn.
+    """
+    modes = [meter for meter in meters if isinstance(meter, TorchDispatchMode)]
+    stack = _get_current_dispatch_mode_stack()
+    are_gone = not any(mode is own for mode in stack for own in modes)
+    for meter in meters:
+        if meter not in modes or not are_gone:
+            meter.__exit__(None, None, None)
 
 
 def meter_of(device: torch.device, *baseline: nn.Module | Tensor) -> LiveBytes | AllocatorBytes:

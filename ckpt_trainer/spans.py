@@ -146,9 +146,9 @@ class WatchedStep:
         return self._cutter.spans
 
     def __enter__(self) -> WatchedStep:
-        for mode in (self._meter, self._cutter):
-            mode.__enter__()
-            self._stack.callback(leave, mode)
+        self._meter.__enter__()
+        self._cutter.__enter__()  # type: ignore[no-untyped-call]
+        self._stack.callback(leave, self._cutter, self._meter)
         for block in self._blocks:
             entering, leaving = partial(self._enter, block.name), partial(self._leave, block.name)
             self._stack.callback(block.module.register_forward_pre_hook(entering, with_kwargs=True).remove)
