@@ -100,8 +100,8 @@ def test_peak_is_as_predicted_and_in_the_budget_at_eight_budgets(name):
             errors.append(error)
             plans.append(state.plan)
     # Of blocks that are recomputed, what the first step showed is kept, so that it is rather more than less.
-    assert max(errors) < (0.013 if name in ("t5", "lora") else 0.01)
-    assert max(firsts) < (0.05 if name == "lora" else 0.03)
+    assert max(errors) < (0.02 if name in ("t5", "lora") else 0.01)
+    assert max(firsts) < 0.05
     assert len({str(plan) for plan in plans}) >= 4
     plain = Training(name)
     without_cache(plain.model)
