@@ -136,10 +136,6 @@ class Planner:
             choice = self._choices[key] = self._decide(key)
         return choice
 
-    def is_measured(self, size: Size, gradients_are_there: bool) -> bool:
-        """Whether a micro-batch of this size has run on the leanest plan and was measured."""
-        return (size, gradients_are_there) in self._known
-
     def samples(self) -> Mapping[Key, Sample]:
         """What was measured of which size."""
         return {key: known.sample for key, known in self._known.items()}

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import trl
 from accelerate.utils.memory import should_reduce_batch_size
 from failing import ERROR, NEVER, Auto, Failing, Statistics
 from tiny_models import llama, text_dataset, tokenizer
@@ -341,7 +342,6 @@ def test_lora(tmp_path):
 
 
 def test_trl_counts_nothing_twice(tmp_path):
-    trl = pytest.importorskip("trl")
     from datasets import Dataset
 
     class Sft(Auto, trl.SFTTrainer):
