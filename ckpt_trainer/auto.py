@@ -39,6 +39,7 @@ class Choice:
         gradients_are_there: Whether it is for a micro-batch that is not the first of its step.
         plan: What is done to each block.
         budget_bytes: What it was made for.
+        lost_bytes: By how much that is below the budget, since steps needed more than was expected.
         solution: What was chosen and what it comes to; None for the leanest plan, of which nothing is known.
         step_bytes: The predicted peak of the micro-batch itself, the step of the optimizer left out.
         measures: Whether the next micro-batch that runs on it is to be measured.
@@ -50,6 +51,7 @@ class Choice:
     gradients_are_there: bool
     plan: Plan
     budget_bytes: int
+    lost_bytes: int = 0
     solution: Solution | None = None
     step_bytes: int = 0
     measures: bool = False
@@ -281,8 +283,9 @@ class Planner:
     def _plan(self, key: Key, costs: StepCosts | None) -> Choice:
         size, there = key
         limits = self._limits.setdefault(key, _Limits())
-        budget = self.budget() - self.lost_bytes - limits.offset - limits.error
-        choice = Choice(size, there, self.leanest, budget, measures=key not in self._known)
+        lost = self.lost_bytes + limits.offset + limits.error
+        budget = self.budget() - lost
+        choice = Choice(size, there, self.leanest, budget, measures=key not in self._known, lost_bytes=lost)
         if costs is None:
             return choice  # and nothing is remembered, so that it is decided anew once it was measured
         if limits.in_flight:

@@ -26,18 +26,24 @@ def plan_line(choice: Choice) -> str:
     if choice.least is not None:
         least = choice.least.least
         return (
-            f"auto, {describe(choice.size)}: no plan fits {format_bytes(choice.budget_bytes)}; the leanest is used, which "
-            f"needs {_peak(least)}. What lowers it there: {PHASES[least.phase]}"
+            f"auto, {describe(choice.size)}: no plan fits {_room(choice)}; the leanest is used, which needs "
+            f"{_peak(least)}. What lowers it there: {PHASES[least.phase]}"
         )
     assert choice.solution is not None
     there = ", later micro-batch" if choice.gradients_are_there else ""
     line = (
         f"auto, {describe(choice.size)}{there}: {counts(choice.plan)}; predicted peak {_peak(choice.solution.peak)} of "
-        f"{format_bytes(choice.budget_bytes)}"
+        f"{_room(choice)}"
     )
     if choice.solution.peak_is_elsewhere and choice.plan.is_active:
         line += f", which no plan lowers; {PHASES[choice.solution.peak.phase]} would"
     return line
+
+
+def _room(choice: Choice) -> str:
+    """What a plan was made for, and why that is not the whole budget."""
+    why = f" (the budget less {format_bytes(choice.lost_bytes)}, as earlier steps taught)" if choice.lost_bytes else ""
+    return format_bytes(choice.budget_bytes) + why
 
 
 def measured_line(choice: Choice, is_planned_anew: bool) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer import auto_lines
@@ -110,9 +111,10 @@ class BatchPlans:
         self._said: list[Choice] = []
         self._retries = num_allocation_retries(self._where)
         self._lines = 0
-        self._was_called = self._said_other_way = self._said_several = False
+        self._was_called = self._said_other_way = self._said_several = self._said_mode = False
         self._open: weakref.ref[Tensor] | None = None
         self._has_begun_without = False
+        self._modes: list[Any] = []
         self._active = ExitStack()
         for action in ACTIONS:
             for names in self._members().values():
@@ -128,6 +130,7 @@ class BatchPlans:
     def __enter__(self) -> BatchPlans:
         self._optimizers.open()  # until the end of training: its steps are between those of the model
         self._was_called, self._num_calls = False, self._runners.num_calls
+        self._modes = _get_current_dispatch_mode_stack()
         self._active.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
         self._active.callback(self._model.register_forward_hook(self._end_forward).remove)
         self._active.callback(self._drop)
@@ -176,9 +179,22 @@ class BatchPlans:
         choice = self.planner.choose(size, there)
         if choice is not self.current:
             self._adopt(choice)
-        # Within a backward, and around what counts FLOPs of one forward, modes are not ours to push.
-        if choice.measures and torch._C._current_graph_task_id() == -1 and not self._runners.is_counting:
+        if choice.measures and self._may_push_modes():
             self._start_watching(size, choice, (args, kwargs))
+
+    def _may_push_modes(self) -> bool:
+        """Not within a backward, around what counts FLOPs of one forward, or in a mode whose end is before that of ours."""
+        if torch._C._current_graph_task_id() != -1 or self._runners.is_counting:
+            return False
+        inner = [mode for mode in _get_current_dispatch_mode_stack() if not any(mode is known for known in self._modes)]
+        if inner and not self._said_mode:
+            self._said_mode = True
+            self._say(
+                logging.WARNING,
+                f"auto: {type(inner[0]).__name__} is on around the forward, so that this step is not measured and no plan "
+                "is made from it. Enter it around the whole training step, or leave it to steps that come later.",
+            )
+        return not inner
 
     def _is_open(self) -> bool:
         """Whether the graph of the forward before is there, and no backward through it has begun."""

@@ -82,6 +82,11 @@ class FlopCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Parts that are compiled run compiled: torch would else run them op by op, which gives other bits."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _is_composite(func, args):

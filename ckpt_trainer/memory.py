@@ -317,6 +317,11 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let `peak` start again from what is alive now."""
         self.peak = self.current
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Parts that are compiled run compiled: torch would else run them op by op, which gives other bits."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "prim":

@@ -38,6 +38,7 @@ class OptimizerWatch:
         self._ids = {id(parameter) for parameter in parameters}
         self._optimizers: list[torch.optim.Optimizer] = []
         self._steps: Counter[int] = Counter()
+        self._known: Counter[int] = Counter()  # how many weights each has state of
         self._hooks: list[Any] = []
         self._meter: Any = None
         self._peak = 0
@@ -82,7 +83,13 @@ class OptimizerWatch:
             self._level, self._state_then = self._meter.current, self.state_bytes
 
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if self._meter is None or not self._is_ours(optimizer):
+        if not self._is_ours(optimizer):
+            return
+        is_new = len(optimizer.state) != self._known[id(optimizer)]
+        self._known[id(optimizer)] = len(optimizer.state)
+        if self._meter is None:
+            if is_new:  # weights that had no gradients until now: blocks that are left out at random, unused experts
+                self._learn(self.state_bytes, self._peak)
             return
         peak = self._meter.peak
         self.drop()

@@ -143,6 +143,11 @@ class WorkCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.work: Work = Counter()
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Parts that are compiled run compiled: torch would else run them op by op, which gives other bits."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

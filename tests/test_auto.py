@@ -395,6 +395,14 @@ def test_given_plans_are_carried_out_and_nothing_is_measured():
     assert again.plan() == saved
 
 
+def test_a_given_plan_that_ran_out_of_memory_gets_leaner():
+    keep = dict.fromkeys(NAMES, KEEP)
+    made = Planner(NAMES, LEANEST, lambda: 10**6, given=[SizePlan(ids(100), False, keep)])
+    choice = made.choose(ids(90), False)
+    assert actions(made.make_leaner(choice, 0.5)) == [RECOMPUTE] * 4
+    assert made.choose(ids(90), False).plan == made.choose(ids(100), False).plan == LEANEST
+
+
 def test_the_smallest_given_size_that_covers_is_taken():
     keep = dict.fromkeys(NAMES, KEEP)
     given = [SizePlan(ids(1000), False, LEANEST.actions), SizePlan(ids(100), False, keep)]

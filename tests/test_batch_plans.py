@@ -380,7 +380,7 @@ def test_what_failed_is_not_held(counted):
     """A budget that is too small is remembered with its reason, and not with the frames that it passed through."""
     live = LiveBytes(model := plain_transformer())
     optimizer, held = adamw(model.parameters()), []
-    with live, checkpointing(model, mode="auto", budget=1):
+    with live, checkpointing(model, mode="auto", budget="1 KiB"):
         for _ in range(3):
             loss = model(**tokens(16, 40))["loss"]
             del loss

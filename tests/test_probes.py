@@ -2,6 +2,7 @@
 
 import random
 
+import numpy
 import pytest
 import torch
 from tiny_models import HIDDEN, PlainBlock, ResidualBlock
@@ -109,10 +110,11 @@ def test_nothing_of_it_stays(run):
     theirs = dict(block.norm1.named_buffers())
     call = noted(block, torch.randn(2, 4, 5, 5, requires_grad=True))
     values = {key: value.clone() for key, value in block.state_dict().items()}
-    state, python = torch.get_rng_state(), random.getstate()
+    state, python, numbers = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].copy()
 
     def drawing(forward, args, kwargs):
         random.random()
+        numpy.random.rand(1000)
         return run(forward, args, kwargs)
 
     with LiveBytes() as live:
@@ -121,6 +123,7 @@ def test_nothing_of_it_stays(run):
     assert found.backward > 0
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == python
+    assert numpy.array_equal(numpy.random.get_state()[1], numbers)
     assert all(parameter.grad is None for parameter in block.parameters())
     assert call.args[0].grad is None
     assert all(block.norm1.get_buffer(key) is value for key, value in theirs.items())

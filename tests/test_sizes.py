@@ -1,6 +1,7 @@
 """Sizes of micro-batches: that what is known of one bounds what is said of another, whatever the bytes grow with."""
 
 import random
+from collections import UserDict
 
 import pytest
 import torch
@@ -155,6 +156,13 @@ def test_size_of_a_call():
         ("states.1.0", (2, 2)),
         ("scale", ()),
     )
+
+
+def test_inputs_in_a_mapping_and_how_many_logits_are_wanted():
+    batch = UserDict({"input_ids": torch.zeros(2, 5), "flag": True})
+    assert size_of((batch,), {"logits_to_keep": 3, "layers": 4}) == (("0.input_ids", (2, 5)), ("logits_to_keep", (3,)))
+    # A tensor says which logits; how many is in its shape.
+    assert size_of((), {"logits_to_keep": torch.arange(3)}) == (("logits_to_keep", (3,)),)
 
 
 def test_a_size_is_plain_numbers():

@@ -1,0 +1,305 @@
+"""Mode `auto` in steps that are not one forward and one backward of a whole model with one optimizer."""
+
+import logging
+
+import pytest
+import torch
+from test_batch_plans import MUCH, Loop, adamw, assert_same, hooks_of, modes, plain, tokens
+from tiny_models import llama, plain_transformer
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from ckpt_trainer import checkpointing
+from ckpt_trainer.memory import LiveBytes
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.levelno == logging.WARNING]
+
+
+class Steps:
+    """Training by a function of its own; the losses, the weights at the end and the peak of each step."""
+
+    def __init__(self, model, step, number=6, make_optimizers=lambda model: [adamw(model.parameters())], **flags):
+        self.model, self.losses, self.peaks = model, [], []
+        optimizers = make_optimizers(model)
+        torch.manual_seed(1)
+        with LiveBytes(model) as live, checkpointing(model, **flags) as self.state:
+            for count in range(number):
+                live.reset_peak()
+                self.losses.append(step(model, count).detach())
+                for optimizer in optimizers:
+                    optimizer.step()
+                self.peaks.append(live.peak)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+        assert modes() == 0
+
+    @property
+    def planner(self):
+        return self.state._batches.planner
+
+
+def assert_same_training(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one.losses, other.losses, strict=True))
+    pairs = zip(one.model.state_dict().values(), other.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def between(model, step, **options):
+    """A budget half-way between what `full` and no checkpointing need."""
+    full, none = (Steps(model(), step, mode=mode, **options).peaks for mode in ("full", "none"))
+    return (max(full) + max(none)) // 2
+
+
+def twice(model, count):
+    one, other = model(**tokens(8, 30))["loss"], model(**tokens(8, 40))["loss"]
+    loss = one * other
+    loss.backward()
+    return loss
+
+
+def test_two_forwards_before_a_backward_keep_to_the_budget_once_seen(caplog):
+    budget = between(plain_transformer, twice)
+    plain_steps = Steps(plain_transformer(), twice, mode="none")
+    found = Steps(plain_transformer(), twice, mode="auto", budget=budget)
+    assert_same_training(found, plain_steps)
+    assert max(found.peaks[2:]) <= budget
+    assert sum("two forwards" in text for text in warnings(caplog)) == 1
+
+
+def with_flops(model, count):
+    if count % 2:
+        loss = model(**tokens(2, 12))["loss"]
+        loss.backward()
+        return loss
+    with FlopCounterMode(display=False) as flops:
+        loss = model(**tokens(2, 12))["loss"]
+        loss.backward()
+    assert flops.get_total_flops() > 0
+    return loss
+
+
+def test_a_step_in_a_mode_of_the_user_is_not_measured(caplog):
+    found = Steps(plain_transformer(), with_flops, mode="auto", budget=MUCH)
+    assert_same_training(found, Steps(plain_transformer(), with_flops, mode="none"))
+    assert sum("FlopCounterMode is on" in text for text in warnings(caplog)) == 1
+    assert found.state.plan.count("keep") == 4
+
+
+def test_a_mode_around_all_training_is_no_obstacle(caplog):
+    with FlopCounterMode(display=False):
+        found = Loop(plain_transformer())
+        found.live = LiveBytes()  # counted as a mode that is on
+        found.run([tokens(2, 12)] * 3, mode="auto", budget=MUCH)
+    assert found.state.plan.count("keep") == 4
+    assert not any("is on around" in text for text in warnings(caplog))
+
+
+@pytest.fixture
+def compiled():
+    """A backend that runs op by op, and how often something it compiled ran."""
+    torch._dynamo.reset()
+    runs = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            runs.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    backend.runs = runs
+    yield backend
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("budget", [MUCH, "1 KiB"])
+def test_a_loss_that_is_compiled_runs_compiled_where_it_is_measured(compiled, budget):
+    @torch.compile(fullgraph=True, backend=compiled)
+    def loss_of(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def step(model, count):
+        ids = tokens(2, 12)["input_ids"]
+        loss = loss_of(model(input_ids=ids).logits, ids)
+        loss.backward()
+        return loss
+
+    def build():
+        model = llama()
+        model.config.use_cache = False
+        return model
+
+    expected = Steps(build(), step, mode="none")
+    runs = len(compiled.runs)
+    assert runs == 6
+    found = Steps(build(), step, mode="auto", budget=budget)
+    assert_same_training(found, expected)
+    assert len(compiled.runs) == 2 * runs
+
+
+@pytest.mark.parametrize("flags", [{"mode": "full"}, {"mode": "auto", "budget": MUCH}], ids=str)
+def test_a_part_of_a_block_that_is_compiled_runs_compiled(compiled, flags):
+    gate = torch.compile(lambda x, y: F.silu(x) * y, fullgraph=True, backend=compiled)
+
+    def build():
+        model = llama()
+        model.config.use_cache = False
+        for layer in model.model.layers:
+            mlp = layer.mlp
+            mlp.forward = lambda x, mlp=mlp: mlp.down_proj(gate(mlp.gate_proj(x), mlp.up_proj(x)))
+        return model
+
+    def step(model, count):
+        loss = model(**tokens(2, 12))["loss"]
+        loss.backward()
+        return loss
+
+    expected = Steps(build(), step, mode="none")
+    assert_same_training(Steps(build(), step, **flags), expected)
+
+
+def by_a_part(model, count):
+    ids = tokens(2, 12)["input_ids"]
+    logits = model.lm_head(model.model(input_ids=ids).last_hidden_state)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    loss.backward()
+    return loss
+
+
+def test_a_model_that_is_entered_by_a_part(caplog):
+    losses, plans = [], []
+    for mode in ("none", "auto"):
+        model = llama()
+        model.config.use_cache = False
+        options = {"budget": MUCH} if mode == "auto" else {}
+        for _ in range(3):  # each step in a context of its own, as a trainer's is
+            with checkpointing(model, mode=mode, **options) as state:
+                losses.append(by_a_part(model, 0).detach())
+            plans.append(state.plan)
+    assert all(torch.equal(a, b) for a, b in zip(losses[:3], losses[3:], strict=True))
+    assert sum("without a call of the model itself" in text for text in warnings(caplog)) == 3
+    assert plans[-1].count("recompute") == 4
+
+
+def within_a_backward(model, count):
+    """The whole model under a reentrant checkpoint of torch: its forward with gradients runs within a backward."""
+    scale = torch.ones((), requires_grad=True)
+
+    def forward(scale):
+        return model(**tokens(2, 12))["loss"] * scale
+
+    loss = checkpoint(forward, scale, use_reentrant=True)
+    loss.backward()
+    return loss
+
+
+def test_a_forward_within_a_backward_is_not_measured():
+    found = Steps(plain_transformer(), within_a_backward, mode="auto", budget=MUCH)
+    assert_same_training(found, Steps(plain_transformer(), within_a_backward, mode="none"))
+    assert found.planner.samples() == {}
+
+
+class Skipping(nn.Module):
+    """Leaves out its upper half in steps that say so."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = plain_transformer()
+        self.all = False
+
+    def forward(self, input_ids, labels):
+        kept = self.inner.blocks
+        if not self.all:
+            self.inner.blocks = kept[:2]
+        try:
+            return self.inner(input_ids=input_ids, labels=labels)
+        finally:
+            self.inner.blocks = kept
+
+
+def skipping(model, count):
+    model.all = count >= 3
+    loss = model(**tokens(8, 40))["loss"]
+    loss.backward()
+    return loss
+
+
+def test_blocks_that_did_not_run_when_it_was_measured_have_room_in_the_plan():
+    budget = between(Skipping, skipping)
+    found = Steps(Skipping(), skipping, mode="auto", budget=budget)
+    assert_same_training(found, Steps(Skipping(), skipping, mode="none"))
+    assert max(found.peaks) <= budget
+
+
+def halves(model):
+    parameters = list(model.parameters())
+    middle = len(parameters) // 2
+    return [
+        torch.optim.AdamW(parameters[:middle], lr=1e-3),
+        torch.optim.SGD(parameters[middle:], lr=1e-3, momentum=0.9),
+    ]
+
+
+def one_step(model, count):
+    loss = model(**tokens(8, 40))["loss"]
+    loss.backward()
+    return loss
+
+
+def test_the_state_of_several_optimizers_counts():
+    options = {"make_optimizers": halves}
+    budget = between(plain_transformer, one_step, **options)
+    found = Steps(plain_transformer(), one_step, mode="auto", budget=budget, **options)
+    assert_same_training(found, Steps(plain_transformer(), one_step, mode="none", **options))
+    assert max(found.peaks) <= budget
+    sizes = [p.nbytes for p in found.model.parameters()]
+    middle = len(sizes) // 2
+    numbers = middle * 4  # AdamW counts its steps in a tensor for each weight
+    assert found.planner.state_bytes == 2 * sum(sizes[:middle]) + numbers + sum(sizes[middle:])
+    assert found.state.plan.count("recompute") < 4
+
+
+def test_warnings_are_told_after_the_log_is_full_of_plans(caplog):
+    caplog.set_level(logging.INFO, "ckpt_trainer")
+    Loop(plain_transformer()).run([tokens(2, length) for length in range(70, 8, -2)], mode="auto", budget=MUCH)
+    before = len(caplog.records)
+    assert before <= 32
+    assert sum("further sizes" in record.message for record in caplog.records) == 1
+    Loop(plain_transformer()).run([tokens(2, length) for length in range(70, 8, -2)], mode="auto", budget="1 KiB")
+    assert sum("no plan fits" in text for text in warnings(caplog)) >= 28  # sizes from 64 on share plans
+
+
+class WithNorm(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.inner, self.norm = plain_transformer(), norm
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+def test_where_ranks_must_run_the_same_blocks_all_are_recomputed(caplog):
+    caplog.set_level(logging.INFO, "ckpt_trainer")
+    found = Steps(WithNorm(nn.SyncBatchNorm(4)), one_step, mode="auto", budget=MUCH, number=2)
+    assert found.state.plan.count("recompute") == 4
+    assert any("SyncBatchNorm makes all ranks" in record.message for record in caplog.records)
+
+
+def test_nothing_stays_on_the_model_or_on_optimizers():
+    for step in (twice, with_flops, within_a_backward):
+        model = plain_transformer()
+        hooks = hooks_of(model)
+        Steps(model, step, number=3, mode="auto", budget=MUCH)
+        assert hooks_of(model) == hooks
+
+
+def test_plain_steps_are_as_in_a_loop():
+    """The helper of this file does what that of `test_batch_plans` does."""
+    found = Steps(plain_transformer(), one_step, number=3, mode="auto", budget=MUCH)
+    expected = plain(plain_transformer, [tokens(8, 40)] * 3)
+    assert all(torch.equal(a, b) for a, b in zip(found.losses, expected.losses, strict=True))
+    assert_same(expected, plain(plain_transformer, [tokens(8, 40)] * 3))
