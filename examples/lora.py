@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from measure import Recorder, compare, make_repeatable, results_table, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from quickstart import BATCH_SIZE, HF, HF_SWITCH, OURS, small_llama, text_rows
+from quickstart import BATCH_SIZE, HF, HF_SWITCH, OURS, small_llama, text_rows, training_arguments
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, default_data_collator, set_seed
 from transformers.utils import logging
@@ -55,19 +55,7 @@ def main() -> None:
     records: dict[str, Recorder] = {}
     for number, (name, ((trainer_class, arguments_class), flags, use_cache)) in enumerate(RUNS.items(), 1):
         print(f"[{number}/{len(RUNS)}] {name}", flush=True)
-        arguments = arguments_class(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=BATCH_SIZE,
-            max_steps=options.steps,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            disable_tqdm=True,
-            seed=0,
-            **flags,
-        )
+        arguments = training_arguments(arguments_class, options.steps, **flags)
         model = lora_model(use_cache)
         if HF_SWITCH in flags:
             # transformers 5 does this itself, for every model; 4.57 finds nothing to train without it.

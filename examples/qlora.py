@@ -22,7 +22,7 @@ import torch
 from lora import continuation
 from measure import MIB, Recorder, compare, make_repeatable, markdown_table, results_table, train
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from quickstart import BATCH_SIZE, HF, HF_SWITCH, OURS, small_llama, text_rows
+from quickstart import BATCH_SIZE, HF, HF_SWITCH, OURS, small_llama, text_rows, training_arguments
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -102,21 +102,8 @@ def main() -> None:
     everything = {**PLAIN, **BY_PEFT, **UPCAST}
     for number, (name, ((trainer_class, arguments_class), flags, by_peft)) in enumerate(everything.items(), 1):
         print(f"[{number}/{len(everything)}] {name}", flush=True)
-        arguments = arguments_class(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=BATCH_SIZE,
-            max_steps=options.steps,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            disable_tqdm=True,
-            bf16=True,
-            use_cpu=not torch.accelerator.is_available(),
-            seed=0,
-            **flags,
-        )
+        more = {"bf16": True, "use_cpu": not torch.accelerator.is_available()}
+        arguments = training_arguments(arguments_class, options.steps, **more, **flags)
         model = quantised_llama(base, options.bits)
         # As in lora.py: plain training is compared with the cache off; ours turns it off for each step, and on again.
         model.config.use_cache = (trainer_class, arguments_class) == OURS

@@ -87,6 +87,23 @@ def small_llama(layers: int, hidden: int, length: int, use_cache: bool = False) 
     return LlamaForCausalLM(config)
 
 
+def training_arguments(arguments_class: type[TrainingArguments], steps: int, **flags: Any) -> TrainingArguments:
+    """What all runs have in common, and the flags of one."""
+    return arguments_class(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=BATCH_SIZE,
+        max_steps=steps,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        disable_tqdm=True,
+        seed=0,
+        **flags,
+    )
+
+
 def main() -> None:
     options = read_options()
     start = time.perf_counter()
@@ -98,19 +115,7 @@ def main() -> None:
     records: dict[str, Recorder] = {}
     for number, (name, ((trainer_class, arguments_class), flags)) in enumerate(RUNS.items(), 1):
         print(f"[{number}/{len(RUNS)}] {name}", flush=True)
-        arguments = arguments_class(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=BATCH_SIZE,
-            max_steps=options.steps,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            disable_tqdm=True,
-            seed=0,
-            **flags,
-        )
+        arguments = training_arguments(arguments_class, options.steps, **flags)
         model = small_llama(options.layers, options.hidden, options.length)
         runs[name] = trainer_class(model=model, args=arguments, train_dataset=rows)
         records[name] = train(runs[name])

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+import trl
 from tiny_models import CASES, llama, text_dataset, tokenizer
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -526,7 +527,6 @@ def test_precision_noise_and_smoothing(tmp_path, flags):
     ids=str,
 )
 def test_trl(tmp_path, flags, does):
-    trl = pytest.importorskip("trl")
 
     class Sft(CheckpointingMixin, trl.SFTTrainer):
         pass
@@ -636,7 +636,6 @@ def test_a_script_after_the_two_line_swap(tmp_path):
 
 
 def test_hyperparameter_search(tmp_path):
-    pytest.importorskip("optuna")
     models = []
 
     def build():

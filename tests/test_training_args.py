@@ -8,6 +8,7 @@ import pickle
 import tempfile
 
 import pytest
+import trl
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
 from ckpt_trainer.plan import OFFLOAD_SAVES, RECOMPUTE, SELECTIVE, TIERS, Action, Part, Plan, Settings, SizePlan
@@ -1491,7 +1492,6 @@ def test_no_warning_for_what_has_an_effect(make, warnings_of, flags):
 
 
 def test_mixes_with_trl(make, parse):
-    trl = pytest.importorskip("trl")
     Mixed = dataclasses.make_dataclass("Mixed", [], bases=(CheckpointingArguments, trl.SFTConfig))
     args = make(Mixed, bf16=False)
     assert args.gradient_checkpointing is True
