@@ -527,7 +527,6 @@ def test_precision_noise_and_smoothing(tmp_path, flags):
     ids=str,
 )
 def test_trl(tmp_path, flags, does):
-
     class Sft(CheckpointingMixin, trl.SFTTrainer):
         pass
 
