@@ -45,6 +45,7 @@ class Choice:
         measures: Whether the next micro-batch that runs on it is to be measured.
         least: Where even the leanest plan does not fit: why.
         measured_bytes: The peak that was measured.
+        is_told: Whether it is in the log.
     """
 
     size: Size
@@ -57,6 +58,7 @@ class Choice:
     measures: bool = False
     least: BudgetTooSmall | None = None
     measured_bytes: int | None = None
+    is_told: bool = False
 
     @property
     def moves(self) -> bool:
@@ -126,6 +128,7 @@ class Planner:
     _known: dict[Key, _Known] = field(default_factory=dict)
     _choices: dict[Key, Choice] = field(default_factory=dict)
     _planned: dict[Key, Choice] = field(default_factory=dict)
+    _newest: dict[Key, Choice] = field(default_factory=dict)
     _limits: dict[Key, _Limits] = field(default_factory=dict)
 
     def choose(self, size: Size, gradients_are_there: bool) -> Choice:
@@ -150,6 +153,10 @@ class Planner:
     def choices(self) -> list[Choice]:
         """The plans that there are, in the order in which they were made."""
         return list(self._planned.values())
+
+    def newest(self) -> list[Choice]:
+        """The last plan of each size that had one, those included that are to be made anew."""
+        return list(self._newest.values())
 
     def plan(self) -> Plan:
         """All plans in one, to be saved and given again."""
@@ -233,7 +240,7 @@ class Planner:
         self._forget(key)
         if choice.solution is None or share_left <= 0:
             leanest = replace(choice, plan=self._leanest_of_all(choice.plan), solution=None, measures=False)
-            self._planned[key] = leanest
+            self._planned[key] = self._newest[key] = leanest
         return self._planned.get(key) or self._plan(key, self._costs(key))
 
     def _leanest_of_all(self, failed: Plan) -> Plan:
@@ -301,7 +308,7 @@ class Planner:
             choice.least = error.with_traceback(None)
             # Once more, since what was learnt in the first step is left out of the second.
             choice.measures, limits.rounds = limits.rounds == 0, limits.rounds + 1
-        self._planned[key] = choice
+        self._planned[key] = self._newest[key] = choice
         return choice
 
     def _planned_size(self, key: Key) -> Key:

@@ -83,7 +83,7 @@ def as_data(planner: Planner, allowed: int) -> dict[str, Any]:
     return {
         "budget_bytes": allowed,
         "optimizer_state_bytes": planner.state_bytes,
-        "sizes": [_entry(choice) for choice in planner.choices()],
+        "sizes": [_entry(choice) for choice in planner.newest()],
     }
 
 

@@ -108,7 +108,7 @@ class BatchPlans:
         self._optimizers = OptimizerWatch(*parts)
         self._watch: _Watch | None = None
         self._learned: set[str] = set()
-        self._said: list[Choice] = []
+        self._said: set[str] = set()
         self._retries = num_allocation_retries(self._where)
         self._lines = 0
         self._was_called = self._said_other_way = self._said_several = self._said_mode = False
@@ -224,9 +224,12 @@ class BatchPlans:
     def _adopt(self, choice: Choice) -> None:
         self.current = choice
         self._put_on(choice.plan)
-        if choice.peak is not None and not any(choice is said for said in self._said):
-            self._said.append(choice)
-            self._tell(logging.WARNING if choice.least else logging.INFO, auto_lines.plan_line(choice))
+        if choice.peak is None or choice.is_told:
+            return
+        choice.is_told, line = True, auto_lines.plan_line(choice)
+        if line not in self._said:  # made anew, it may be the same
+            self._said.add(line)
+            self._tell(logging.WARNING if choice.least else logging.INFO, line)
 
     def _tell(self, level: int, text: str) -> None:
         self._lines += 1

@@ -424,6 +424,9 @@ def test_report():
     assert entry["inputs"] == {"input_ids": [1, 100]}
     assert entry["predicted_peak_bytes"] == entry["measured_peak_bytes"] == plain_peak(size, KEEP)
     assert entry["actions"] == {"keep": 4}
+    made.learn_peak(choice, step_of(size, [KEEP] * 4, False, state=STATE + 10**8), True)
+    assert made.choices() == []
+    assert [entry["measured_peak_bytes"] for entry in as_data(made, 10**9)["sizes"]] == [choice.measured_bytes]
     assert counts(Plan({"a": KEEP, "b": RECOMPUTE, "c": KEEP})) == "2 keep, 1 recompute"
     assert "0.9 of what there is" in start_line(2**30, 0.9, 4)
     assert "as asked for" in start_line(2**30, 2**30, 4)
