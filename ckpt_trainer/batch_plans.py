@@ -71,6 +71,12 @@ class _Watch:
     has_ended: bool = False
 
 
+class _Graph:
+    """Lives as long as the graph of any result of one forward: the hooks that hold it belong to the graph."""
+
+    __slots__ = ("__weakref__",)
+
+
 class BatchPlans:
     """The plans of the micro-batches of one model; active while entered, which each step may do anew, until `release`.
 
@@ -112,7 +118,7 @@ class BatchPlans:
         self._retries = num_allocation_retries(self._where)
         self._lines = 0
         self._was_called = self._said_other_way = self._said_several = self._said_mode = False
-        self._open: weakref.ref[Tensor] | None = None
+        self._open: weakref.ref[_Graph] | None = None
         self._has_begun_without = False
         self._modes: list[Any] = []
         self._active = ExitStack()
@@ -201,13 +207,13 @@ class BatchPlans:
         return self._open is not None and self._open() is not None
 
     def _begin_another(self) -> None:
-        """A second forward before the backward of the first: what both hold together is not known."""
+        """A second forward before the backward of the first, which is measured with it."""
         if not self._said_several:
             self._said_several = True
             self._say(
                 logging.WARNING,
-                "auto: two forwards before a backward; the later ones store inputs of blocks only, and what both hold "
-                "together is not part of what is predicted. Set checkpointing_budget lower by what one of them holds.",
+                "auto: several forwards before a backward; the later ones store inputs of blocks only. What all hold is "
+                "known from steps that were measured: where their number varies, lower checkpointing_budget.",
             )
         self.current = None
         self._put_on(self.planner.leanest)
@@ -273,14 +279,16 @@ class BatchPlans:
             return
         if self._watch is not None:
             self._watch.step.end_forward()
-        results = (leaf for leaf in tree_iter(output) if isinstance(leaf, Tensor) and leaf.requires_grad)
-        result = next(results, None)
-        if result is not None and self._open is None:
-            self._open = weakref.ref(result, self._close)
-            result.register_hook(self._close)  # type: ignore[no-untyped-call]
+        if not self._is_open():
+            graph = _Graph()
+            self._open = weakref.ref(graph)
+            for leaf in tree_iter(output):
+                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                    leaf.register_hook(partial(self._close, graph))  # type: ignore[no-untyped-call]
 
-    def _close(self, gone: Any) -> None:
-        self._open = None
+    def _close(self, graph: _Graph, gradient: Tensor) -> None:
+        if self._open is not None and self._open() is graph:
+            self._open = None
 
     def _call_at_end(self, step: WatchedStep) -> None:
         """Within the first hook of backward: have the watch end with it."""

@@ -61,13 +61,23 @@ def twice(model, count):
     return loss
 
 
-def test_two_forwards_before_a_backward_keep_to_the_budget_once_seen(caplog):
-    budget = between(plain_transformer, twice)
-    plain_steps = Steps(plain_transformer(), twice, mode="none")
-    found = Steps(plain_transformer(), twice, mode="auto", budget=budget)
-    assert_same_training(found, plain_steps)
-    assert max(found.peaks[2:]) <= budget
-    assert sum("two forwards" in text for text in warnings(caplog)) == 1
+def thrice(model, count):
+    """Of the first forwards nothing is left but their graphs."""
+    loss = sum(F.logsigmoid(model(**tokens(8, 40 - 5 * number))["logits"]).mean() for number in range(3))
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("step", [twice, thrice])
+def test_several_forwards_before_a_backward_keep_to_the_budget(caplog, step, share):
+    full, none = (Steps(plain_transformer(), step, mode=mode) for mode in ("full", "none"))
+    budget = int(max(full.peaks) + share * (max(none.peaks) - max(full.peaks)))
+    found = Steps(plain_transformer(), step, mode="auto", budget=budget)
+    assert_same_training(found, none)
+    assert max(found.peaks) <= budget
+    assert sum("several forwards" in text for text in warnings(caplog)) == 1
+    assert found.state.plan.count("recompute") == 4  # the last forward's
 
 
 def with_flops(model, count):
