@@ -451,6 +451,24 @@ def test_in_a_trainer(tmp_path, counted, cls, accumulate):
     assert trainer._checkpointing.plan.count("keep") == 2
 
 
+def test_a_step_in_which_flops_are_counted_is_not_measured_the_next_is(tmp_path, counted, caplog):
+    def train(budget):
+        counted.clear()
+        args = arguments(tmp_path, checkpointing_mode="auto", checkpointing_budget=budget)
+        trainer = CheckpointedTrainer(model=llama(2), args=args, train_dataset=text_dataset(10))
+        trainer.train()
+        return trainer.memory_report()["auto"]["sizes"]
+
+    (roomy,) = train(MUCH)
+    assert roomy["measured_peak_bytes"] is None
+    caplog.clear()
+    (tight,) = train(int(1.05 * roomy["predicted_peak_bytes"]))
+    assert tight["actions"] == {"keep": 2}
+    assert tight["measured_peak_bytes"] == pytest.approx(tight["predicted_step_peak_bytes"], rel=1e-3)
+    assert counted["watched"] == 2
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 @contextmanager
 def no_learning(planner):
     """Whoever learns something raises."""
