@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckpt_trainer.costs import Link, Probed, Sample, between, live_costs
+from ckpt_trainer.costs import Link, Sample, between, live_costs
+from ckpt_trainer.extrapolation import Probes, extrapolated_probes
 from ckpt_trainer.measured import StepBytes
-from ckpt_trainer.plan import DEFAULT_SAVE, RECOMPUTE, Action, Plan, SizePlan
+from ckpt_trainer.plan import DEFAULT_SAVE, RECOMPUTE, Plan, SizePlan
 from ckpt_trainer.sizes import Size, bucket_of, covers, growth, share, terms
 from ckpt_trainer.solver import Solution, solve
 from ckpt_trainer.step_costs import BudgetTooSmall, Peak, StepCosts, peak_of, phase_peaks
@@ -145,10 +146,16 @@ class Planner:
         """What was measured of which size."""
         return {key: known.sample for key, known in self._known.items()}
 
-    def probes_of(self, size: Size) -> Mapping[str, Mapping[Action, Probed]]:
+    def probes_of(self, size: Size) -> Probes:
         """What probes showed of blocks in micro-batches of this size, whether gradients were there or not."""
         found = (self._known[size, there].sample.probes for there in (False, True) if (size, there) in self._known)
         return next((probes for probes in found if probes), {})
+
+    def probes_like(self, size: Size, gradients_are_there: bool, step: StepBytes) -> Probes:
+        """What probes would show of a micro-batch that was just measured; empty where they have to be made."""
+        its = {other: own.sample for (other, there), own in self._known.items() if there == gradients_are_there}
+        known = self.probes_of(size)
+        return known or extrapolated_probes(size, step, {other: own for other, own in its.items() if own.probes})
 
     def choices(self) -> list[Choice]:
         """The plans that there are, in the order in which they were made."""

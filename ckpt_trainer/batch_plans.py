@@ -341,20 +341,22 @@ class BatchPlans:
         return read_spans(spans, new_gradients(spans), self._device)
 
     def _learn_leanest(self, watch: _Watch, step: StepBytes) -> None:
-        self._put_on(None)
-        try:
-            found = {name: self._probe(name, call) for name, call in watch.notes.calls.items()}
-        finally:
-            self._put_on(watch.choice.plan)
-        probes = {name: probed for name, probed in found.items() if probed is not None}
-        probes = probes or dict(self.planner.probes_of(watch.size))
         step = without_held(step, {name: call.held_bytes for name, call in watch.notes.calls.items()})
         there, known = watch.choice.gradients_are_there, self.planner.samples()
+        probes = self.planner.probes_like(watch.size, there, step) or self._probe_all(watch)
         counted = not there or any(not its for _, its in known)
         bare = step.start - (watch.gradient_bytes if counted else 0) - watch.state_bytes
         sample = Sample(self.planner.leanest, step, self._kinds, probes, bare, there)
         self.planner.learn(watch.size, sample)
         watch.choice.measured_bytes = step.peak
+
+    def _probe_all(self, watch: _Watch) -> Mapping[str, Mapping[Action, Probed]]:
+        self._put_on(None)
+        try:
+            found = {name: self._probe(name, call) for name, call in watch.notes.calls.items()}
+        finally:
+            self._put_on(watch.choice.plan)
+        return {name: probed for name, probed in found.items() if probed is not None}
 
     def _probe(self, name: str, call: Call) -> Mapping[Action, Probed] | None:
         if not call.needs_graph or call.has_cache:

@@ -21,19 +21,20 @@ FLOOR = {
     "blocks": 1, "step_costs": 1, "flops": 1, "flag_values": 1, "flag_rules": 1, "ops": 1, "segments": 1, "host_memory": 1,
     "deepspeed_rules": 1,
     "without_weights": 0, "block_classes": 2, "roofline": 2, "spans": 3, "measured": 4, "fake_costs": 12,
-    "sizes": 0, "budgets": 2, "probes": 3, "costs": 5, "auto": 6, "batch_plans": 10, "compiled_budget": 10,
+    "sizes": 0, "budgets": 2, "probes": 3, "costs": 5, "extrapolation": 6, "auto": 7,
+    "batch_plans": 10, "compiled_budget": 10,
     "choices": 2, "prices": 3, "exchange": 3, "search": 4, "solver": 5,
     "disk": 2, "compiled": 2, "chosen_ops": 2, "policies": 3, "prepare": 3, "kbit": 3, "gradient_check": 3, "host_store": 3,
     "chunks": 4, "distributed": 4, "handles": 5, "groups": 6, "packed": 6, "runs": 6, "stored_results": 6, "offload": 7,
     "rebuild": 7, "stored_modules": 7,
     "recompute": 8, "install": 9, "first_pass": 9, "hf_flags": 9, "training_args": 10, "report": 10,
     "out_of_memory": 1, "retrying": 2, "collectives": 0, "window": 1, "rescue": 3,
-    "optimizer_watch": 1, "quantized": 11, "engine": 11, "call_costs": 13, "loop": 14, "trainer": 14, "auto_lines": 7,
+    "optimizer_watch": 1, "quantized": 11, "engine": 11, "call_costs": 13, "loop": 14, "trainer": 14, "auto_lines": 8,
     "comparison": 1, "optimizers": 0, "model_configs": 0, "model_arguments": 1, "predicted_rows": 6, "largest": 2,
     "study": 13, "estimates": 14, "estimate_command": 15,
     "__init__": 15, "script": 15, "measured_rows": 12, "bench": 13, "bench_command": 14, "cli": 16, "__main__": 17,
 }  # fmt: skip
-DECIDING = {"policies", "sizes", "costs", "auto", "choices", "prices", "exchange", "search", "solver"}
+DECIDING = {"policies", "sizes", "costs", "extrapolation", "auto", "choices", "prices", "exchange", "search", "solver"}
 DOING = {
     "block_state", "side_channels", "rebuild_rules", "rebuild", "sites", "ops", "chosen_ops", "packed", "runs", "segments",
     "stored_results", "stored_modules", "compiled", "drawing", "recompute", "install", "prepare", "kbit", "gradient_check",
