@@ -263,6 +263,17 @@ def test_less_than_predicted_is_planned_anew_too():
     assert made.choose(size, False).solution.extra_seconds <= first
 
 
+def test_what_came_to_stay_since_the_first_step_counts_from_then_on():
+    size, more = ids(1000), 20_000
+    made = planner(2 * plain_peak(size, KEEP) - 1, size)
+    choice = made.choose(size, False)
+    step = step_of(size, [KEEP] * 4, False, state=STATE)
+    assert made.learn_peak(choice, replace(step, start=step.start + more, peak=step.peak + more), True)
+    again = made.choose(size, False)
+    assert actions(again) == [KEEP] * 4
+    assert again.step_bytes == choice.step_bytes + more == step.peak + more
+
+
 def test_what_is_as_predicted_stays():
     size = ids(1000)
     made = planner(plain_peak(size, KEEP), size)
@@ -353,6 +364,20 @@ def test_leaner_after_memory_ran_out():
     assert not last.measures
     assert made.choose(size, False) is last
     assert actions(made.choose(ids(90), False)) == [KEEP] * 4  # other sizes are as they were
+
+
+def test_bytes_that_are_lost_to_fragments_are_taken_off_every_plan():
+    size = ids(1000)
+    made = planner(plain_peak(size, KEEP), size)
+    assert actions(made.choose(size, False)) == [KEEP] * 4
+    made.learn_fragments(1)
+    choice = made.choose(size, False)
+    assert choice.solution.peak.bytes <= choice.budget_bytes == plain_peak(size, KEEP) - 1
+    assert "the budget less 1 B" in plan_line(choice)
+    made.learn_fragments(0)  # no fewer than before
+    assert made.choose(size, False) is choice
+    least = planner(10, size).choose(size, False)
+    assert "the budget less" not in plan_line(least)
 
 
 def test_leaner_than_the_leanest_is_the_leanest():

@@ -141,6 +141,20 @@ def test_lengths_that_vary_stay_in_the_budget(counted, accumulate):
     assert counted["watched"] <= 2 * len(set(LENGTHS)) * accumulate
 
 
+def test_gradients_that_are_there_when_a_micro_batch_begins_count_once(counted):
+    batches = [tokens(8, 40)] * 12
+    full, none = (Loop(plain_transformer()).measured(batches, mode=mode, accumulate=2) for mode in ("full", "none"))
+    budget = (max(full.peaks) + max(none.peaks)) // 2
+    counted.clear()
+    found = Loop(plain_transformer()).measured(batches, mode="auto", budget=budget, accumulate=2)
+    assert counted["watched"] == 4  # each kind on the leanest plan, then on its own, which is as predicted
+    entries = found.state.report()["auto"]["sizes"]
+    assert [entry["gradients_are_there"] for entry in entries] == [False, True]
+    for entry in entries:
+        assert entry["measured_peak_bytes"] == pytest.approx(entry["predicted_step_peak_bytes"], rel=0.01)
+    assert max(found.peaks) <= budget
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_after_two_sizes_larger_ones_are_not_probed_and_keep_to_the_budget(counted, accumulate):
     def build():
@@ -282,7 +296,7 @@ def test_an_optimizer_that_is_none_of_torch():
     assert found.state.plan.count("keep") == 4
 
 
-def test_frozen_parts_and_autocast():
+def test_frozen_parts_and_autocast(caplog):
     def build():
         model = llama()
         for layer in model.model.layers[:2]:
@@ -294,6 +308,8 @@ def test_frozen_parts_and_autocast():
     found = Loop(build(), autocast=True).run(batches, mode="auto", budget=MUCH)
     assert_same(found, expected)
     assert found.state.plan.count("keep") == 4
+    # Frozen blocks store nothing, and are not probed.
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_two_forwards_before_a_backward():

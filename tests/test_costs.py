@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import CASES, llama
 
 from ckpt_trainer import checkpointing
-from ckpt_trainer.costs import Link, Probed, Sample, between, live_costs
+from ckpt_trainer.costs import Link, Probed, Sample, between, bytes_in_flight, live_costs
 from ckpt_trainer.measured import BlockBytes, StepBytes
 from ckpt_trainer.memory import LiveBytes
 from ckpt_trainer.plan import KEEP, RECOMPUTE, Action, Plan
@@ -239,3 +239,9 @@ def test_a_block_whose_options_are_others_in_the_smaller_size_is_as_if_it_had_no
     high = live_costs(sampled(), sampled().step, NAMES)
     low = replace(high, blocks=tuple(BlockCost(own.name, own.options[:1]) for own in high.blocks))
     assert levels_in(between(low, high, 0.5), "a", KEEP) == (50, 60, 7 + round(0.5 * 193))
+
+
+def test_copies_hold_the_newest_block_and_the_one_before_or_those_that_come_back_ahead():
+    assert bytes_in_flight([5, 7, 3], 0) == bytes_in_flight([5, 7, 3], 1) == bytes_in_flight([5, 7, 3], 2) == 14
+    assert bytes_in_flight([5, 7, 3], 4) == 28
+    assert bytes_in_flight([], 1) == 0

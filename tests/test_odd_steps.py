@@ -275,6 +275,50 @@ def test_the_state_of_several_optimizers_counts():
     assert found.state.plan.count("recompute") < 4
 
 
+class FailsOnce(torch.optim.SGD):
+    """An optimizer whose first step ends with an error."""
+
+    has_failed = False
+
+    def step(self, closure=None):
+        if not self.has_failed:
+            self.has_failed = True
+            raise KeyError("step")
+        return super().step(closure)
+
+
+def test_after_an_optimizer_that_failed_nothing_is_on_and_training_goes_on():
+    model = plain_transformer()
+    optimizer = FailsOnce(model.parameters(), lr=1e-2)
+    with checkpointing(model, mode="auto", budget=MUCH) as state:
+        one_step(model, 0)
+        with pytest.raises(KeyError, match="step"):
+            optimizer.step()
+        optimizer.zero_grad()
+        for _ in range(3):
+            one_step(model, 0)
+            optimizer.step()
+            assert modes() == 0
+            optimizer.zero_grad()
+    assert state.plan.count("keep") == 4
+    undisturbed = Steps(
+        plain_transformer(), one_step, 3, lambda m: [torch.optim.SGD(m.parameters(), lr=1e-2)], mode="auto"
+    )
+    assert state._batches.planner.optimizer_bytes == undisturbed.planner.optimizer_bytes
+
+
+def with_cache(model, count):
+    loss = model(**tokens(2, 12), use_cache=True)["loss"]
+    loss.backward()
+    return loss
+
+
+def test_blocks_that_fill_a_cache_are_kept_and_not_run_again(caplog):
+    found = Steps(llama(), with_cache, mode="auto", budget=MUCH)
+    assert_same_training(found, Steps(llama(), with_cache, mode="none"))
+    assert not any("cannot be run alone" in text for text in warnings(caplog))
+
+
 def test_warnings_are_told_after_the_log_is_full_of_plans(caplog):
     caplog.set_level(logging.INFO, "ckpt_trainer")
     Loop(plain_transformer()).run([tokens(2, length) for length in range(70, 8, -2)], mode="auto", budget=MUCH)
