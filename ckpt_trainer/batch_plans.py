@@ -31,7 +31,7 @@ from ckpt_trainer.blocks import Block
 from ckpt_trainer.costs import Probed, Sample, bookkeeping_seconds
 from ckpt_trainer.install import Runners
 from ckpt_trainer.measured import StepBytes, new_gradients, read_spans, without_held
-from ckpt_trainer.memory import bytes_of, meter_of, num_allocation_retries, reserved_bytes
+from ckpt_trainer.memory import beneath, bytes_of, meter_of, num_allocation_retries, reserved_bytes
 from ckpt_trainer.optimizer_watch import OptimizerWatch
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
@@ -117,7 +117,7 @@ class BatchPlans:
         self._said: set[str] = set()
         self._retries = num_allocation_retries(self._where)
         self._lines = 0
-        self._was_called = self._said_other_way = self._said_several = self._said_mode = False
+        self._was_called = self._said_other_way = self._said_several = False
         self._open: weakref.ref[_Graph] | None = None
         self._has_begun_without = False
         self._modes: list[Any] = []
@@ -189,18 +189,8 @@ class BatchPlans:
             self._start_watching(size, choice, (args, kwargs))
 
     def _may_push_modes(self) -> bool:
-        """Not within a backward, around what counts FLOPs of one forward, or in a mode whose end is before that of ours."""
-        if torch._C._current_graph_task_id() != -1 or self._runners.is_counting:
-            return False
-        inner = [mode for mode in _get_current_dispatch_mode_stack() if not any(mode is known for known in self._modes)]
-        if inner and not self._said_mode:
-            self._said_mode = True
-            self._say(
-                logging.WARNING,
-                f"auto: {type(inner[0]).__name__} is on around the forward, so that this step is not measured and no plan "
-                "is made from it. Enter it around the whole training step, or leave it to steps that come later.",
-            )
-        return not inner
+        """Not within a backward, and not around what counts FLOPs of one forward."""
+        return torch._C._current_graph_task_id() == -1 and not self._runners.is_counting
 
     def _is_open(self) -> bool:
         """Whether the graph of the forward before is there, and no backward through it has begun."""
@@ -272,7 +262,8 @@ class BatchPlans:
         step = WatchedStep(self._model, self._blocks, meter, lambda: self._call_at_end(step))
         self._watch = _Watch(size, choice, step, notes, gradients, state)
         notes.__enter__()
-        step.__enter__()
+        with beneath(self._modes):
+            step.__enter__()
 
     def _end_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():

@@ -69,7 +69,8 @@ class Sample:
         seen = {name: dict(levels) for name, levels in self.seen.items()}
         for name, block in step.blocks.items():
             seen.setdefault(name, {})[plan[name]] = levels_of(block)
-        return replace(self, seen=seen)
+        head = replace(self.step, head=step.head, head_backward=step.head_backward)
+        return replace(self, step=head, seen=seen)
 
 
 def levels_of(block: BlockBytes) -> Levels:
@@ -153,9 +154,9 @@ def _options(sample: Sample, name: str, corrections: _Corrections, link: Link) -
     probes = sample.probes.get(sample.kinds.get(name, ""))
     if not probes:  # it is given one action, or stores nothing
         return (Option(lean, *real),)
-    found = []
+    found, seen = [], sample.seen.get(name, {})
     for action, probed in probes.items():
-        levels = real if action == lean else _levels(sample, name, action, corrections)
+        levels = seen.get(action, real) if action == lean else _levels(sample, name, action, corrections)
         option = Option(action, *levels, max(0.0, probed.seconds - probes[KEEP].seconds))
         found += [option, *_moved(option, link)]
     return tuple(found)

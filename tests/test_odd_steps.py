@@ -1,6 +1,7 @@
 """Mode `auto` in steps that are not one forward and one backward of a whole model with one optimizer."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -81,33 +82,52 @@ def test_several_forwards_before_a_backward_keep_to_the_budget(caplog, step, num
         assert found.state.report()["calls"]["recompute"] == 4 * (number + 5 * (number - 1))
 
 
-def with_flops(model, count):
-    if count % 2:
-        loss = model(**tokens(2, 12))["loss"]
-        loss.backward()
+class Counted:
+    """A step with a mode of the user around its forward, its backward, or both."""
+
+    def __init__(self, around):
+        self.around, self.flops = around, []
+
+    def __call__(self, model, count):
+        counter = FlopCounterMode(display=False)
+        if self.around == "all steps":
+            counter = self.kept = getattr(self, "kept", counter)
+            if not count:
+                counter.__enter__()
+            loss = model(**tokens(2, 12))["loss"]
+            loss.backward()
+            if count == 5:
+                counter.__exit__(None, None, None)
+            return loss
+        with counter if self.around != "backward" else nullcontext():
+            loss = model(**tokens(2, 12))["loss"]
+            if self.around == "both":
+                loss.backward()
+        with counter if self.around == "backward" else nullcontext():
+            if self.around != "both":
+                loss.backward()
+        self.flops.append(counter.get_total_flops())
         return loss
-    with FlopCounterMode(display=False) as flops:
-        loss = model(**tokens(2, 12))["loss"]
-        loss.backward()
-    assert flops.get_total_flops() > 0
-    assert modes() == 1  # that of `Steps`
-    return loss
 
 
-def test_a_step_in_a_mode_of_the_user_is_not_measured(caplog):
-    found = Steps(plain_transformer(), with_flops, mode="auto", budget=MUCH)
-    assert_same_training(found, Steps(plain_transformer(), with_flops, mode="none"))
-    assert sum("FlopCounterMode is on" in text for text in warnings(caplog)) == 1
+@pytest.mark.parametrize("around", ["forward", "backward", "both", "all steps"])
+def test_a_mode_of_the_user_counts_what_it_would_and_does_not_hinder(around):
+    plain_count, count = Counted(around), Counted(around)
+    expected = Steps(plain_transformer(), plain_count, mode="none")
+    found = Steps(plain_transformer(), count, mode="auto", budget=MUCH)
+    assert_same_training(found, expected)
     assert found.state.plan.count("keep") == 4
+    assert found.planner.samples()
+    assert count.flops[1:] == plain_count.flops[1:]
+    assert all(flops > 0 for flops in count.flops)
 
 
-def test_a_mode_around_all_training_is_no_obstacle(caplog):
+def test_a_mode_around_all_training_is_no_obstacle():
     with FlopCounterMode(display=False):
         found = Loop(plain_transformer())
         found.live = LiveBytes()  # counted as a mode that is on
         found.run([tokens(2, 12)] * 3, mode="auto", budget=MUCH)
     assert found.state.plan.count("keep") == 4
-    assert not any("is on around" in text for text in warnings(caplog))
 
 
 @pytest.fixture
@@ -346,7 +366,7 @@ def test_where_ranks_must_run_the_same_blocks_all_are_recomputed(caplog):
 
 
 def test_nothing_stays_on_the_model_or_on_optimizers():
-    for step in (twice, with_flops, within_a_backward):
+    for step in (twice, Counted("both"), within_a_backward):
         model = plain_transformer()
         hooks = hooks_of(model)
         Steps(model, step, number=3, mode="auto", budget=MUCH)
