@@ -91,14 +91,7 @@ class Counted:
     def __call__(self, model, count):
         counter = FlopCounterMode(display=False)
         if self.around == "all steps":
-            counter = self.kept = getattr(self, "kept", counter)
-            if not count:
-                counter.__enter__()
-            loss = model(**tokens(2, 12))["loss"]
-            loss.backward()
-            if count == 5:
-                counter.__exit__(None, None, None)
-            return loss
+            return self.within(model, count)
         with counter if self.around != "backward" else nullcontext():
             loss = model(**tokens(2, 12))["loss"]
             if self.around == "both":
@@ -107,6 +100,18 @@ class Counted:
             if self.around != "both":
                 loss.backward()
         self.flops.append(counter.get_total_flops())
+        return loss
+
+    def within(self, model, count):
+        if count == 0:
+            self.counter = FlopCounterMode(display=False)
+            self.counter.__enter__()
+        before = self.counter.get_total_flops()
+        loss = model(**tokens(2, 12))["loss"]
+        loss.backward()
+        self.flops.append(self.counter.get_total_flops() - before)
+        if count == 5:
+            self.counter.__exit__(None, None, None)
         return loss
 
 
