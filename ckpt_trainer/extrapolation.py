@@ -1,24 +1,28 @@
-"""What probes would show of a size, from those of two other sizes: where bytes grow evenly, nothing need run again.
+"""What probes would show of a size, from those of other sizes: where bytes grow evenly, nothing need be run again.
 
-Both were measured under the leanest plan, as the new one was. In backward a block that is recomputed holds all that it
-could have stored, so that where this grew in proportion to the inputs, what it would store under any action did too.
+All were measured under the leanest plan, as the new one was. In backward a block that is recomputed holds all that it could
+have stored, so that where this grew as a line through two sizes says, or a parabola through three (where scores or masks of
+attention are stored), what it would store under any action did too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import isclose, prod
 
 from ckpt_trainer.costs import Levels, Probed, Sample, levels_of
-from ckpt_trainer.measured import StepBytes
+from ckpt_trainer.measured import BlockBytes, StepBytes
 from ckpt_trainer.plan import Action
 from ckpt_trainer.sizes import Size, is_like, terms
 
-# By how much a block may do otherwise than in proportion: this share, and bytes that allocators round by.
+# By how much a block may do otherwise than expected: this share, and bytes that allocators round by.
 _SHARE, _ROUNDED = 2e-3, 4096
-# How far beyond the larger of two sizes, in steps from one to the other; rounding grows with it.
-_FAR = 16.0
+# How many sizes a curve goes through, and how far beyond the largest it is followed, in parts of the way between the
+# smallest and the largest. What was rounded grows with that, and by the square on a parabola.
+_CURVES = ((2, 16.0), (3, 4.0))
+# How many of the largest sizes are looked at.
+_LOOKED_AT = 5
 
 Probes = Mapping[str, Mapping[Action, Probed]]
 
@@ -32,66 +36,79 @@ def extrapolated_probes(size: Size, step: StepBytes, samples: Mapping[Size, Samp
         samples: What was measured, and probed, of other sizes under the same plan.
 
     Returns:
-        As `Sample.probes`; empty where two sizes do not tell.
+        As `Sample.probes`; empty where other sizes do not tell.
     """
-    like = sorted((other for other in samples if is_like(other, size)), key=terms, reverse=True)
-    for high, low in combinations(like, 2):
-        way = _way(low, high, size)
-        if way is not None and _grows_evenly(samples[low].step, samples[high].step, step, way):
-            return _probes(samples[low], samples[high], step, way)
+    like = sorted((other for other in samples if is_like(other, size)), key=terms)[-_LOOKED_AT:]
+    for number, far in _CURVES:
+        for chosen in combinations(reversed(like), number):
+            weights, own = _weights(chosen, size, far), [samples[other] for other in chosen]
+            if weights and _grows_evenly([sample.step for sample in own], step, weights):
+                return _probes(own, step, weights)
     return {}
 
 
-def _way(low: Size, high: Size, size: Size) -> float | None:
-    """How far a size is on the way from one to another, by the elements of each of its inputs; None off that way."""
-    numbers = [[prod(dims) for _, dims in each] for each in (low, high, size)]
-    ways = {(own - bottom) / (top - bottom) for bottom, top, own in zip(*numbers, strict=True) if top != bottom}
-    stay = all(own == bottom for bottom, top, own in zip(*numbers, strict=True) if top == bottom)
-    first = next(iter(ways), None)
-    if first is None or not stay or not 0 <= first <= _FAR:
-        return None
-    return first if all(isclose(first, way, rel_tol=1e-9) for way in ways) else None
+def _weights(chosen: Sequence[Size], size: Size, far: float) -> list[float]:
+    """How much each of the chosen sizes counts at another (Lagrange); none where inputs do not grow together."""
+    *ways, at = _ways([*chosen, size])
+    if len(set(ways)) < len(ways) or not 0 <= at <= 1 + far:
+        return []
+    others = [[other for other in ways if other != way] for way in ways]
+    return [prod((at - other) / (way - other) for other in rest) for way, rest in zip(ways, others, strict=True)]
 
 
-def _at(low: float, high: float, way: float) -> float:
-    return low + way * (high - low)
+def _ways(sizes: Sequence[Size]) -> list[float]:
+    """How far each is on the way from the last but one, 0, to the first, 1, by the elements of each of its inputs."""
+    numbers = [[prod(dims) for _, dims in each] for each in sizes]
+    first, last = numbers[0], numbers[-2]
+    found = []
+    for own in numbers:
+        rows = zip(own, first, last, strict=True)
+        ways = [
+            (n - low) / (high - low) if high != low else (None if n == low else float("nan")) for n, high, low in rows
+        ]
+        known = [way for way in ways if way is not None]
+        is_one = bool(known) and all(isclose(known[0], way, rel_tol=1e-9, abs_tol=1e-12) for way in known)
+        found.append(known[0] if is_one else float("nan"))
+    return found
 
 
-def _grows_evenly(low: StepBytes, high: StepBytes, step: StepBytes, way: float) -> bool:
-    if not step.blocks.keys() == low.blocks.keys() == high.blocks.keys():
+def _at(values: Sequence[float], weights: Sequence[float]) -> float:
+    return sum(value * weight for value, weight in zip(values, weights, strict=True))
+
+
+def _grows_evenly(others: Sequence[StepBytes], step: StepBytes, weights: Sequence[float]) -> bool:
+    if any(other.blocks.keys() != step.blocks.keys() for other in others):
         return False
     pairs = (
-        (own, _at(bottom, top, way))
+        (own, _at(rest, weights))
         for name in step.blocks
-        for own, bottom, top in zip(*(levels_of(each.blocks[name]) for each in (step, low, high)), strict=True)
+        for own, *rest in zip(*(levels_of(each.blocks[name]) for each in (step, *others)), strict=True)
     )
     return all(abs(own - expected) <= _SHARE * abs(own) + _ROUNDED for own, expected in pairs)
 
 
-def _probes(low: Sample, high: Sample, step: StepBytes, way: float) -> Probes:
-    if {name: set(its) for name, its in low.probes.items()} != {name: set(its) for name, its in high.probes.items()}:
+def _probes(samples: Sequence[Sample], step: StepBytes, weights: Sequence[float]) -> Probes:
+    known = [{name: set(actions) for name, actions in sample.probes.items()} for sample in samples]
+    if any(own != known[0] for own in known):
         return {}
-    return {
-        name: {
-            action: _probed(
-                low.probes[name][action], high.probes[name][action], way, _slower(low, high, step, name, way)
-            )
-            for action in actions
-        }
-        for name, actions in high.probes.items()
-    }
+    found: dict[str, dict[Action, Probed]] = {}
+    for name, actions in samples[0].probes.items():
+        # Times need not grow as bytes do.
+        expected = _at([_seconds(sample.step.blocks[name]) for sample in samples], weights)
+        slower = _seconds(step.blocks[name]) / expected if expected > 0 else 1.0
+        own = {action: [sample.probes[name][action] for sample in samples] for action in actions}
+        found[name] = {action: _probed(probed, weights, slower) for action, probed in own.items()}
+    return found
 
 
-def _slower(low: Sample, high: Sample, step: StepBytes, name: str, way: float) -> float:
-    """Times need not grow as bytes do: by how much this block's did otherwise."""
-    own, bottom, top = (each.blocks[name] for each in (step, low.step, high.step))
-    seconds, before, after = (block.forward_seconds + block.backward_seconds for block in (own, bottom, top))
-    expected = _at(before, after, way)
-    return seconds / expected if expected > 0 else 1.0
+def _seconds(block: BlockBytes) -> float:
+    return block.forward_seconds + block.backward_seconds
 
 
-def _probed(low: Probed, high: Probed, way: float, slower: float) -> Probed:
-    stored, forward, backward = (round(_at(*both, way)) for both in zip(low.levels, high.levels, strict=True))
+def _probed(probed: Sequence[Probed], weights: Sequence[float], slower: float) -> Probed:
+    stored, forward, backward = (
+        round(_at(levels, weights)) for levels in zip(*(p.levels for p in probed), strict=True)
+    )
     levels: Levels = stored, forward, backward
-    seconds = slower * _at(low.seconds, high.seconds, way)
-    return Probed(levels, seconds, slower * _at(low.forward_seconds, high.forward_seconds, way))
+    seconds, in_forward = ([getattr(p, name) for p in probed] for name in ("seconds", "forward_seconds"))
+    return Probed(levels, slower * _at(seconds, weights), slower * _at(in_forward, weights))

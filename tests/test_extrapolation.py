@@ -51,6 +51,14 @@ def test_what_grows_evenly_is_exact_beyond_between_and_below(length):
         assert all(abs(own - other) <= 2 for own, other in zip(found["a"][action].levels, exact, strict=True))
 
 
+@pytest.mark.parametrize("length", [500, 900])
+def test_what_grows_by_the_square_is_exact_from_the_fourth_size_on(length):
+    found = extrapolated_probes(ids(2, length), step_of(2 * length, 3.0), samples(100, 250, 400, quadratic=3.0))
+    for action, share in ((KEEP, 1.0), (RECOMPUTE, 0.1)):
+        exact = levels(2 * length, share, 3.0)
+        assert all(abs(own - other) <= 30 for own, other in zip(found["a"][action].levels, exact, strict=True))
+
+
 def test_rows_count_as_length_does():
     known = {ids(2, 100): sample_of(200), ids(4, 100): sample_of(400)}
     assert extrapolated_probes(ids(3, 300), step_of(900), known)
@@ -71,9 +79,9 @@ def test_times_follow_what_the_block_took():
 @pytest.mark.parametrize(
     ("size", "step", "known"),
     [
-        pytest.param(
-            ids(2, 900), step_of(1800, 3.0), samples(100, 400, quadratic=3.0), id="attention that stores scores"
-        ),
+        pytest.param(ids(2, 900), step_of(1800, 3.0), samples(100, 400, quadratic=3.0), id="scores, two sizes"),
+        pytest.param(ids(2, 900), step_of(1800), samples(100, 200, 400, quadratic=3.0), id="scores no more"),
+        pytest.param(ids(2, 4000), step_of(8000, 3.0), samples(100, 200, 400, quadratic=3.0), id="scores, too far"),
         pytest.param(ids(2, 900), step_of(1800), samples(400), id="one size"),
         pytest.param(ids(2, 9000), step_of(18000), samples(390, 400), id="too far"),
         pytest.param(ids(2, 30), step_of(60), samples(100, 400), id="below both"),
