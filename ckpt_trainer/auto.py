@@ -27,7 +27,6 @@ _ROUNDS = 4
 _REMEMBERED = 10_000
 # By how much of the budget a measured peak may differ from the predicted one before that is worth a new plan.
 _SAME = 0.002
-
 Key = tuple[Size, bool]
 
 
@@ -47,6 +46,7 @@ class Choice:
         least: Where even the leanest plan does not fit: why.
         measured_bytes: The peak that was measured.
         is_told: Whether it is in the log.
+        floor_bytes: Weights, gradients and the state of the optimizer, where no plan fits.
     """
 
     size: Size
@@ -60,6 +60,7 @@ class Choice:
     least: BudgetTooSmall | None = None
     measured_bytes: int | None = None
     is_told: bool = False
+    floor_bytes: int = 0
 
     @property
     def moves(self) -> bool:
@@ -246,8 +247,8 @@ class Planner:
             limits.offset += max(0, choice.budget_bytes - aim)
         self._forget(key)
         if choice.solution is None or share_left <= 0:
-            leanest = replace(choice, plan=self._leanest_of_all(choice.plan), solution=None, measures=False)
-            self._planned[key] = self._newest[key] = leanest
+            lean = replace(choice, plan=self._leanest_of_all(choice.plan), solution=None, measures=False)
+            self._planned[key] = self._newest[key] = lean
         return self._planned.get(key) or self._plan(key, self._costs(key))
 
     def _leanest_of_all(self, failed: Plan) -> Plan:
@@ -312,7 +313,7 @@ class Planner:
             choice.measures = choice.solution.peak.bytes > _TIGHT * budget
         except BudgetTooSmall as error:
             # Without its traceback, whose frames hold the arguments and the result of the model.
-            choice.least = error.with_traceback(None)
+            choice.least, choice.floor_bytes = error.with_traceback(None), costs.resident_bytes + costs.gradient_bytes
             # Once more, since what was learnt in the first step is left out of the second.
             choice.measures, limits.rounds = limits.rounds == 0, limits.rounds + 1
         self._planned[key] = self._newest[key] = choice

@@ -8,7 +8,7 @@ from typing import Any
 from ckpt_trainer.auto import Choice, Planner
 from ckpt_trainer.memory import format_bytes
 from ckpt_trainer.plan import Plan
-from ckpt_trainer.sizes import describe
+from ckpt_trainer.sizes import Size, describe
 from ckpt_trainer.step_costs import PHASES, Peak
 
 
@@ -26,18 +26,39 @@ def plan_line(choice: Choice) -> str:
     if choice.least is not None:
         least = choice.least.least
         return (
-            f"auto, {describe(choice.size)}: no plan fits {_room(choice)}; the leanest is used, which needs "
-            f"{_peak(least)}. What lowers it there: {PHASES[least.phase]}"
+            f"auto, {_sizes(choice.size)}: no plan fits {_room(choice)}; the leanest is used, which needs {_peak(least)}. "
+            f"{_what_lowers(choice, least)}"
         )
     assert choice.solution is not None
     there = ", later micro-batch" if choice.gradients_are_there else ""
     line = (
-        f"auto, {describe(choice.size)}{there}: {counts(choice.plan)}; predicted peak {_peak(choice.solution.peak)} of "
+        f"auto, {_sizes(choice.size)}{there}: {counts(choice.plan)}; predicted peak {_peak(choice.solution.peak)} of "
         f"{_room(choice)}"
     )
     if choice.solution.peak_is_elsewhere and choice.plan.is_active:
         line += f", which no plan lowers; {PHASES[choice.solution.peak.phase]} would"
     return line
+
+
+def above_line(size: Size, peak_bytes: int, allowed: int) -> str:
+    """A micro-batch of a size that was not known ran on the leanest plan and took more than there is."""
+    return (
+        f"auto, {describe(size)}: measured {format_bytes(peak_bytes)} on the leanest plan, "
+        f"{format_bytes(peak_bytes - allowed)} above the budget"
+    )
+
+
+def _sizes(size: Size) -> str:
+    return f"up to {describe(size)}"
+
+
+def _what_lowers(choice: Choice, least: Peak) -> str:
+    if choice.floor_bytes > choice.budget_bytes:
+        return (
+            f"Weights, gradients and optimizer state alone take {format_bytes(choice.floor_bytes)}. What lowers that: "
+            f"{PHASES['optimizer']}"
+        )
+    return f"What lowers it there: {PHASES[least.phase]}"
 
 
 def _room(choice: Choice) -> str:
@@ -46,13 +67,13 @@ def _room(choice: Choice) -> str:
     return format_bytes(choice.budget_bytes) + why
 
 
-def measured_line(choice: Choice, is_planned_anew: bool) -> str:
-    """What was measured of a plan beside what was predicted."""
+def measured_line(choice: Choice, size: Size, is_planned_anew: bool) -> str:
+    """What was measured of a plan, in a micro-batch of a size that it is for, beside what was predicted."""
     assert choice.measured_bytes is not None
     left = choice.budget_bytes - choice.measured_bytes
     room = f"{format_bytes(left)} of the budget left" if left >= 0 else f"{format_bytes(-left)} above the budget"
     return (
-        f"auto, {describe(choice.size)}: predicted {format_bytes(choice.step_bytes)}, measured "
+        f"auto, {describe(size)}: predicted {format_bytes(choice.step_bytes)}, measured "
         f"{format_bytes(choice.measured_bytes)}, {room}" + ("; planned anew" if is_planned_anew else "")
     )
 

@@ -12,7 +12,6 @@ backward began. They go off with the end of the step, the optimizer or the next 
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer import auto_lines
@@ -29,9 +27,12 @@ from ckpt_trainer.auto import Choice, Planner
 from ckpt_trainer.block_classes import kinds_of
 from ckpt_trainer.blocks import Block
 from ckpt_trainer.costs import Probed, Sample, bookkeeping_seconds
+from ckpt_trainer.hooks import Hook
 from ckpt_trainer.install import Runners
 from ckpt_trainer.measured import StepBytes, new_gradients, read_spans, without_held
-from ckpt_trainer.memory import beneath, bytes_of, meter_of, num_allocation_retries, reserved_bytes
+from ckpt_trainer.memory import bytes_of, meter_of, num_allocation_retries, reserved_bytes
+from ckpt_trainer.modes import beneath, modes_on
+from ckpt_trainer.open_graphs import OpenGraph
 from ckpt_trainer.optimizer_watch import OptimizerWatch
 from ckpt_trainer.out_of_memory import is_out_of_memory
 from ckpt_trainer.plan import KEEP, RECOMPUTE, TIERS, Action, Plan
@@ -60,6 +61,7 @@ class _Watch:
         gradient_bytes: What gradients took when it began.
         state_bytes: What the optimizer's state took.
         has_ended: Its backward is over.
+        is_spoilt: Another forward ran within its backward.
     """
 
     size: Size
@@ -69,12 +71,7 @@ class _Watch:
     gradient_bytes: int
     state_bytes: int
     has_ended: bool = False
-
-
-class _Graph:
-    """Lives as long as the graph of any result of one forward: the hooks that hold it belong to the graph."""
-
-    __slots__ = ("__weakref__",)
+    is_spoilt: bool = False
 
 
 class BatchPlans:
@@ -118,7 +115,8 @@ class BatchPlans:
         self._retries = num_allocation_retries(self._where)
         self._lines = 0
         self._was_called = self._said_other_way = self._said_several = False
-        self._open: weakref.ref[_Graph] | None = None
+        self._chosen: Choice | None = None
+        self._graph = OpenGraph()
         self._has_begun_without = False
         self._modes: list[Any] = []
         self._active = ExitStack()
@@ -136,9 +134,9 @@ class BatchPlans:
     def __enter__(self) -> BatchPlans:
         self._optimizers.open()  # until the end of training: its steps are between those of the model
         self._was_called, self._num_calls = False, self._runners.num_calls
-        self._modes = _get_current_dispatch_mode_stack()
-        self._active.callback(self._model.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        self._active.callback(self._model.register_forward_hook(self._end_forward).remove)
+        self._modes = modes_on()
+        self._active.callback(self._model.register_forward_pre_hook(Hook(self._begin), with_kwargs=True).remove)
+        self._active.callback(self._model.register_forward_hook(Hook(self._end_forward)).remove)
         self._active.callback(self._drop)
         return self
 
@@ -171,8 +169,11 @@ class BatchPlans:
         if not torch.is_grad_enabled():
             return
         self._was_called = True
+        if torch._C._current_graph_task_id() != -1:
+            self._begin_within()
+            return
         self.conclude()
-        if self._is_open():
+        if self._graph.is_there:
             self._begin_another()
         else:
             self._begin_one(args, kwargs)
@@ -183,18 +184,21 @@ class BatchPlans:
         if not self.planner.is_ready and not there:
             self._note_window()
         choice = self.planner.choose(size, there)
+        self._chosen = choice
         if choice is not self.current:
             self._adopt(choice)
-        if choice.measures and self._may_push_modes():
+        if choice.measures and not self._runners.is_counting:  # FLOPs of one forward, by a mode that ends with it
             self._start_watching(size, choice, (args, kwargs))
 
-    def _may_push_modes(self) -> bool:
-        """Not within a backward, and not around what counts FLOPs of one forward."""
-        return torch._C._current_graph_task_id() == -1 and not self._runners.is_counting
+    def _begin_within(self) -> None:
+        """A forward within a backward, such as that of a checkpoint around the model: nothing is known of such steps.
 
-    def _is_open(self) -> bool:
-        """Whether the graph of the forward before is there, and no backward through it has begun."""
-        return self._open is not None and self._open() is not None
+        What is being measured of this one is dropped later, since autograd puts back the modes that it began with.
+        """
+        if self._watch is not None:
+            self._watch.is_spoilt = True
+        self.current = None
+        self._put_on(self.planner.leanest)
 
     def _begin_another(self) -> None:
         """A second forward before the backward of the first, which is measured with it."""
@@ -237,15 +241,15 @@ class BatchPlans:
     def make_leaner(self, share_left: float) -> None:
         """The micro-batch that ran on the current plan ran out of memory; its size gets a leaner one, see `Planner`."""
         self._drop()
-        if self.current is not None:
-            self.planner.make_leaner(self.current, share_left)
+        if self._chosen is not None:
+            self.planner.make_leaner(self._chosen, share_left)
 
     def explain_out_of_memory(self) -> str:
         """What was needed and what would fit."""
-        if self.current is None:
+        if self._chosen is None:
             return "the forward did not reach the model."
-        fits = self.planner.fitting_share(self.current)
-        return auto_lines.explain_out_of_memory(self.current, self.planner.budget(), fits)
+        fits = self.planner.fitting_share(self._chosen)
+        return auto_lines.explain_out_of_memory(self._chosen, self.planner.budget(), fits)
 
     def as_data(self) -> dict[str, Any]:
         """For a report; see `auto_lines.as_data`."""
@@ -270,16 +274,7 @@ class BatchPlans:
             return
         if self._watch is not None:
             self._watch.step.end_forward()
-        if not self._is_open():
-            graph = _Graph()
-            self._open = weakref.ref(graph)
-            for leaf in tree_iter(output):
-                if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                    leaf.register_hook(partial(self._close, graph))  # type: ignore[no-untyped-call]
-
-    def _close(self, graph: _Graph, gradient: Tensor) -> None:
-        if self._open is not None and self._open() is graph:
-            self._open = None
+        self._graph.note(output)
 
     def _call_at_end(self, step: WatchedStep) -> None:
         """Within the first hook of backward: have the watch end with it."""
@@ -307,7 +302,7 @@ class BatchPlans:
             return
         self._watch = None
         watch.step.__exit__(None, None, None)
-        step = self._read(watch)
+        step = self._read(watch) if not watch.is_spoilt else None
         if step is None:
             return
         self._note_fragments(step.peak)
@@ -315,7 +310,7 @@ class BatchPlans:
             self._learn_leanest(watch, step)
         else:
             again = self.planner.learn_peak(watch.choice, step, watch.size == watch.choice.size)
-            self._tell(logging.INFO, auto_lines.measured_line(watch.choice, again))
+            self._tell(logging.INFO, auto_lines.measured_line(watch.choice, watch.size, again))
 
     def _note_fragments(self, peak: int) -> None:
         """Where the allocator had to give memory back to go on, what it held beyond the peak was of no use to it."""
@@ -340,6 +335,8 @@ class BatchPlans:
         sample = Sample(self.planner.leanest, step, self._kinds, probes, bare, there)
         self.planner.learn(watch.size, sample)
         watch.choice.measured_bytes = step.peak
+        if step.peak > self.planner.budget():
+            self._tell(logging.WARNING, auto_lines.above_line(watch.size, step.peak, self.planner.budget()))
 
     def _probe_all(self, watch: _Watch) -> Mapping[str, Mapping[Action, Probed]]:
         self._put_on(None)

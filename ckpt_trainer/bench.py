@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -33,7 +33,7 @@ from ckpt_trainer.measured_rows import (
     way_of,
     way_of_transformers,
 )
-from ckpt_trainer.memory import own_bytes
+from ckpt_trainer.memory import format_bytes, own_bytes
 from ckpt_trainer.model_configs import DTYPES, batch_of, build_model, config_of, with_lora
 from ckpt_trainer.optimizers import optimizer_named
 from ckpt_trainer.out_of_memory import is_out_of_memory
@@ -126,11 +126,20 @@ def bench(
     return Bench(
         title=", ".join([type(_inner(work)).__name__, size, *(["a later micro-batch"] if accumulate else [])]),
         machine=_machine(work.device),
-        rows=tuple(row_of(every, measured, held) for measured in every),
+        rows=tuple(_in_budget(row_of(every, measured, held), allowed) for measured in every),
         exact={measured.label: measured.is_exact if not measured.note else None for measured in every},
         seconds={measured.label: measured.seconds for measured in every},
         budget_bytes=allowed,
         notes=_notes(every),
+    )
+
+
+def _in_budget(row: Row, allowed: int | None) -> Row:
+    """Says of `auto` where no plan fitted what was asked for."""
+    if row.label != AUTO or allowed is None or row.peak_bytes is None or row.peak_bytes <= allowed:
+        return row
+    return replace(
+        row, note=f"{row.note}; {format_bytes(row.peak_bytes - allowed)} above the budget, which no plan fits"
     )
 
 
@@ -193,7 +202,7 @@ def _work(
     torch.manual_seed(0)
     try:
         built = build_model(config_of(model), task, weights, attention, device)
-        built = built if lora is None else with_lora(built, lora, lora_targets)
+        built = with_lora(built, lora, lora_targets)
         drawn = batch_of(built, *size, torch.Generator().manual_seed(0))
         batch = {name: tensor.to(device) for name, tensor in drawn.items()}
         stepping = make([p for p in built.parameters() if p.requires_grad]) if make is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from ckpt_trainer import bench_command, estimate_command, script
 from ckpt_trainer.without_weights import NeedsValues
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, what the command gives, or 2 after an error of the user's, which is said in one line.
     """
     parser = argparse.ArgumentParser("ckpt-trainer", description="Activation checkpointing: what it saves and costs.")
+    parser.add_argument("--version", action="version", version=f"ckpt-trainer {version('ckpt_trainer')}")
     subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(subparsers)

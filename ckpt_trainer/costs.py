@@ -65,12 +65,13 @@ class Sample:
     seen: Mapping[str, Mapping[Action, Levels]] = field(default_factory=dict)
 
     def with_seen(self, plan: Plan, step: StepBytes) -> Sample:
-        """With what a step under another plan did."""
+        """With what a step under another plan did; of two steps under the same actions, the more, as data may differ."""
         seen = {name: dict(levels) for name, levels in self.seen.items()}
         for name, block in step.blocks.items():
-            seen.setdefault(name, {})[plan[name]] = levels_of(block)
-        head = replace(self.step, head=step.head, head_backward=step.head_backward)
-        return replace(self, step=head, seen=seen)
+            known = seen.setdefault(name, {}).get(plan[name], levels_of(block))
+            seen[name][plan[name]] = _higher(known, levels_of(block))
+        head, head_backward = max(self.step.head, step.head), max(self.step.head_backward, step.head_backward)
+        return replace(self, step=replace(self.step, head=head, head_backward=head_backward), seen=seen)
 
 
 def levels_of(block: BlockBytes) -> Levels:
@@ -156,7 +157,7 @@ def _options(sample: Sample, name: str, corrections: _Corrections, link: Link) -
         return (Option(lean, *real),)
     found, seen = [], sample.seen.get(name, {})
     for action, probed in probes.items():
-        levels = seen.get(action, real) if action == lean else _levels(sample, name, action, corrections)
+        levels = _higher(real, seen.get(action, real)) if action == lean else _levels(sample, name, action, corrections)
         option = Option(action, *levels, max(0.0, probed.seconds - probes[KEEP].seconds))
         found += [option, *_moved(option, link)]
     return tuple(found)
@@ -202,6 +203,10 @@ def _corrections(sample: Sample) -> _Corrections:
 def _most(several: Sequence[Levels], which: int) -> int:
     # Not less than expected: the first block of a stack may store less than all others.
     return max(0, *(levels[which] for levels in several))
+
+
+def _higher(one: Levels, other: Levels) -> Levels:
+    return max(one[0], other[0]), max(one[1], other[1]), max(one[2], other[2])
 
 
 def _sum(one: Levels, other: Levels) -> Levels:

@@ -189,7 +189,7 @@ def _built(
     if isinstance(model, nn.Module):
         return model, autocast
     built = build_model(config_of(model), task, weights, attention)
-    return (built if lora is None else with_lora(built, lora, lora_targets)), autocast
+    return with_lora(built, lora, lora_targets), autocast
 
 
 def _batch(model: nn.Module, batch: int | Mapping[str, Any], seq: int | None) -> Mapping[str, Any]:

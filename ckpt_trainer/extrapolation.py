@@ -1,8 +1,8 @@
 """What probes would show of a size, from those of other sizes: where bytes grow evenly, nothing need be run again.
 
 All were measured under the leanest plan, as the new one was. In backward a block that is recomputed holds all that it could
-have stored, so that where this grew as a line through two sizes says, or a parabola through three (where scores or masks of
-attention are stored), what it would store under any action did too.
+have stored. Where that is most of it, and grew as a line through two sizes says, or a parabola through three (where scores
+or masks of attention are stored), what it would store under any action did too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import isclose, prod
 
 from ckpt_trainer.costs import Levels, Probed, Sample, levels_of
 from ckpt_trainer.measured import BlockBytes, StepBytes
-from ckpt_trainer.plan import Action
+from ckpt_trainer.plan import KEEP, Action
 from ckpt_trainer.sizes import Size, is_like, terms
 
 # By how much a block may do otherwise than expected: this share, and bytes that allocators round by.
@@ -38,7 +38,7 @@ def extrapolated_probes(size: Size, step: StepBytes, samples: Mapping[Size, Samp
     Returns:
         As `Sample.probes`; empty where other sizes do not tell.
     """
-    like = sorted((other for other in samples if is_like(other, size)), key=terms)[-_LOOKED_AT:]
+    like = sorted((o for o in samples if is_like(o, size) and _is_mostly_stored(samples[o])), key=terms)[-_LOOKED_AT:]
     for number, far in _CURVES:
         for chosen in combinations(reversed(like), number):
             weights, own = _weights(chosen, size, far), [samples[other] for other in chosen]
@@ -70,6 +70,13 @@ def _ways(sizes: Sequence[Size]) -> list[float]:
         is_one = bool(known) and all(isclose(known[0], way, rel_tol=1e-9, abs_tol=1e-12) for way in known)
         found.append(known[0] if is_one else float("nan"))
     return found
+
+
+def _is_mostly_stored(sample: Sample) -> bool:
+    """Whether what a block can store is most of what it holds in backward, so that growth there tells of it."""
+    return all(
+        2 * probes[KEEP].levels[0] >= probes[sample.plan[name]].levels[2] for name, probes in sample.probes.items()
+    )
 
 
 def _at(values: Sequence[float], weights: Sequence[float]) -> float:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode_temporarily,
     is_traceable_wrapper_subclass,
 )
 from torch.utils._pytree import tree_iter
@@ -148,32 +145,6 @@ class AllocatorBytes:
 
     def __exit__(self, *error: object) -> None:
         pass
-
-
-@contextmanager
-def beneath(known: Sequence[TorchDispatchMode]) -> Iterator[None]:
-    """What is entered within goes beneath the modes that came on since those known: they end earlier than it does."""
-    stack = _get_current_dispatch_mode_stack()
-    with ExitStack() as later:
-        while stack and not any(stack[-1] is mode for mode in known):
-            later.enter_context(_pop_mode_temporarily())
-            stack.pop()
-        yield
-
-
-def leave(*meters: Any) -> None:
-    """Leave meters, in whichever order modes of others were entered and left meanwhile.
-
-    Modes that were entered within backward are gone once that is over: autograd puts the modes back that it began with.
-    """
-    for meter in meters:
-        stack = _get_current_dispatch_mode_stack()
-        places = [place for place, mode in enumerate(stack) if mode is meter]
-        with ExitStack() as later:
-            for _ in stack[places[-1] + 1 :] if places else ():
-                later.enter_context(_pop_mode_temporarily())
-            if places or not isinstance(meter, TorchDispatchMode):
-                meter.__exit__(None, None, None)
 
 
 def meter_of(device: torch.device, *baseline: nn.Module | Tensor) -> LiveBytes | AllocatorBytes:

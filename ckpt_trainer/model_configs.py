@@ -106,17 +106,21 @@ def build_model(
     return built
 
 
-def with_lora(model: nn.Module, rank: int, targets: Sequence[str] | str | None = None) -> nn.Module:
+def with_lora(model: nn.Module, rank: int | None, targets: Sequence[str] | str | None = None) -> nn.Module:
     """The model with LoRA adapters, and nothing else in training.
 
     Args:
-        rank: Of the adapters.
+        rank: Of the adapters; None: the model as it is.
         targets: Names of modules, or `all-linear`; None: what PEFT takes for this model.
 
     Raises:
         ImportError: PEFT is missing.
-        ValueError: The rank is not positive, or there are no such modules.
+        ValueError: The rank is not positive, there is none for the targets, or there are no such modules.
     """
+    if rank is None:
+        if targets is not None:
+            raise ValueError(f"lora_targets={targets!r} without lora. Give the rank of the adapters, such as lora=16.")
+        return model
     if not is_peft_available():
         raise ImportError("LoRA was asked for, and peft is missing. Run: pip install peft")
     from peft import LoraConfig, get_peft_model  # an extra

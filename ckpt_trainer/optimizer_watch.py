@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_iter
 
-from ckpt_trainer.memory import bytes_of, leave, meter_of
+from ckpt_trainer.memory import bytes_of, meter_of
+from ckpt_trainer.modes import leave
 
 # Steps of each optimizer that are measured: the first makes its state, the second shows what it takes besides.
 _STEPS = 2
+
+
+@dataclass
+class _Known:
+    """What is known of one optimizer.
+
+    Args:
+        is_ours: Whether it has any of the parameters.
+        num_steps: How many of its steps were measured.
+        num_weights: How many weights it has state of.
+    """
+
+    is_ours: bool
+    num_steps: int = 0
+    num_weights: int = 0
 
 
 class OptimizerWatch:
@@ -36,9 +53,7 @@ class OptimizerWatch:
     ) -> None:
         self._device, self._before, self._learn = device, before, learn
         self._ids = {id(parameter) for parameter in parameters}
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._steps: Counter[int] = Counter()
-        self._known: Counter[int] = Counter()  # how many weights each has state of
+        self._optimizers: WeakKeyDictionary[torch.optim.Optimizer, _Known] = WeakKeyDictionary()
         self._hooks: list[Any] = []
         self._meter: Any = None
         self._peak = 0
@@ -65,7 +80,7 @@ class OptimizerWatch:
 
     def state(self) -> Iterator[Tensor]:
         """The tensors that the optimizers keep."""
-        for optimizer in self._optimizers:
+        for optimizer in [optimizer for optimizer, known in self._optimizers.items() if known.is_ours]:
             yield from (leaf for leaf in tree_iter(list(optimizer.state.values())) if isinstance(leaf, Tensor))
 
     @property
@@ -74,19 +89,20 @@ class OptimizerWatch:
         return bytes_of(self.state(), self._device)
 
     def _begin(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_ours(optimizer):
+        known = self._known(optimizer)
+        if not known.is_ours:
             return
         self._before()
-        if self._steps[id(optimizer)] < _STEPS and self._meter is None:
+        if known.num_steps < _STEPS and self._meter is None:
             self._meter = meter_of(self._device)
             self._meter.__enter__()
             self._level, self._state_then = self._meter.current, self.state_bytes
 
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_ours(optimizer):
+        known = self._known(optimizer)
+        if not known.is_ours:
             return
-        is_new = len(optimizer.state) != self._known[id(optimizer)]
-        self._known[id(optimizer)] = len(optimizer.state)
+        is_new, known.num_weights = len(optimizer.state) != known.num_weights, len(optimizer.state)
         if self._meter is None:
             if is_new:  # weights that had no gradients until now: blocks that are left out at random, unused experts
                 self._learn(self.state_bytes, self._peak)
@@ -95,12 +111,12 @@ class OptimizerWatch:
         self.drop()
         new = self.state_bytes - self._state_then
         self._peak = max(self._peak, peak - self._level - new, 0)
-        self._steps[id(optimizer)] += 1
+        known.num_steps += 1
         self._learn(self.state_bytes, self._peak)
 
-    def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        if not any(optimizer is known for known in self._optimizers):
-            if not any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"]):
-                return False
-            self._optimizers.append(optimizer)
-        return True
+    def _known(self, optimizer: torch.optim.Optimizer) -> _Known:
+        known = self._optimizers.get(optimizer)
+        if known is None:
+            is_ours = any(id(p) in self._ids for group in optimizer.param_groups for p in group["params"])
+            known = self._optimizers[optimizer] = _Known(is_ours)
+        return known

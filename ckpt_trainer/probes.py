@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from ckpt_trainer.arguments import is_cache
 from ckpt_trainer.block_state import random_state, set_random_state
+from ckpt_trainer.hooks import Hook
 from ckpt_trainer.memory import meter_of, storages_of
 from ckpt_trainer.roofline import Work, WorkCounter
 
@@ -90,7 +91,7 @@ class CallNotes:
             def note(module: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 self._note(name, module, args, kwargs)
 
-            self._hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+            self._hooks.append(module.register_forward_pre_hook(Hook(note), with_kwargs=True))
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -34,6 +34,7 @@ def first_line(
         own_policy: The plan is that of a user's policy.
     """
     source = f"mode {settings.mode}" if settings.plan is None else "plan given"
+    source += ", at first" if settings.mode == "auto" and settings.plan is None else ""
     source += ", own policy" if own_policy else ""
     parts = [
         _part_line(component, [plan[block.name] for block in blocks if block.component == component])

@@ -124,10 +124,11 @@ def device_named(name: str) -> Device:
     device = found.get(name.lower())
     if device is None:
         longer = [known for known in found if name and known.startswith(name.lower())]
-        near = longer or difflib.get_close_matches(name.lower(), found, n=1)
+        near = longer or difflib.get_close_matches(name.lower(), found, n=1, cutoff=0.75)
         hint = f" Did you mean {found[near[0]].name!r}?" if near else ""
         raise ValueError(
-            f"device {name!r} is not one of {', '.join(DEVICES)}.{hint} Of another one, give the numbers: Device(...)."
+            f"device {name!r} is not one of {', '.join(DEVICES)}.{hint} Of another one, give the numbers in Python: "
+            "estimate(..., device=roofline.Device(...))."
         )
     return device
 

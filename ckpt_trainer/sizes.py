@@ -67,8 +67,8 @@ def covers(large: Size, small: Size) -> bool:
 
 
 def terms(size: Size) -> tuple[int, ...]:
-    """What bytes may grow with."""
-    numbers = [prod(dims) for _, dims in size]
+    """What bytes may grow with; not with a number in a tensor, as Hugging Face's trainer hands to losses."""
+    numbers = [prod(dims) for _, dims in size if dims]
     firsts = Counter(dims[0] for _, dims in size if dims)
     rows = max(firsts, key=lambda dim: (firsts[dim], dim), default=1)
     # The first dimension is the rows of the batch, but not of inputs that are packed into one.

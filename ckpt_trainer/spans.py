@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ckpt_trainer.blocks import Block
-from ckpt_trainer.memory import AllocatorBytes, LiveBytes, leave
+from ckpt_trainer.hooks import Hook
+from ckpt_trainer.memory import AllocatorBytes, LiveBytes
+from ckpt_trainer.modes import leave
 from ckpt_trainer.roofline import Work, WorkCounter
 
 Meter = LiveBytes | AllocatorBytes
@@ -150,7 +152,7 @@ class WatchedStep:
         self._cutter.__enter__()  # type: ignore[no-untyped-call]
         self._stack.callback(leave, self._cutter, self._meter)
         for block in self._blocks:
-            entering, leaving = partial(self._enter, block.name), partial(self._leave, block.name)
+            entering, leaving = Hook(partial(self._enter, block.name)), Hook(partial(self._leave, block.name))
             self._stack.callback(block.module.register_forward_pre_hook(entering, with_kwargs=True).remove)
             self._stack.callback(block.module.register_forward_hook(leaving).remove)
         self._cutter.begin(BEFORE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ckpt_trainer.memory import format_bytes
 from ckpt_trainer.plan import Action
 
 # Where the peak of a step can be, and what lowers it there.
@@ -181,8 +182,8 @@ class BudgetTooSmall(ValueError):
     def __init__(self, budget_bytes: int, least: Peak) -> None:
         self.budget_bytes, self.least = budget_bytes, least
         super().__init__(
-            f"a budget of {budget_bytes / 2**30:.3f} GiB was asked for. The leanest plan needs "
-            f"{least.bytes / 2**30:.3f} GiB, and its peak is in: {least.where}. "
+            f"a budget of {format_bytes(budget_bytes)} was asked for. The leanest plan needs "
+            f"{format_bytes(least.bytes)}, and its peak is in: {least.where}. "
             f"What lowers it there: {PHASES[least.phase]}."
         )
 

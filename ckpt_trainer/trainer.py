@@ -285,8 +285,12 @@ class _Events(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(self._trainer._get_output_dir(trial=None), f"checkpoint-{state.global_step}")
         plan = self._trainer._checkpointing.whole_plan if self._trainer._checkpointing is not None else None
-        if plan is not None and plan.sizes and args.should_save and folder.is_dir():
+        if not args.should_save or not folder.is_dir():
+            return
+        if plan is not None and plan.sizes:
             (folder / PLAN_FILE).write_text(plan.to_json() + "\n", encoding="utf-8")
+        else:
+            (folder / PLAN_FILE).unlink(missing_ok=True)  # of another run
 
 
 class CheckpointedTrainer(CheckpointingMixin, Trainer):

@@ -303,7 +303,7 @@ def settings_of_flags(flags: Mapping[str, Any]) -> Settings:
     for flag in flags:
         if flag not in names and flag not in options:
             valid = [*names, *options]
-            near = "mode='offload'" if flag == "offload" else repr(nearest(flag, valid))
+            near = "mode='offload'" if flag == "offload" else repr(nearest(flag.removeprefix("checkpointing_"), valid))
             raise TypeError(f"{flag!r} is not one of {', '.join(valid)}. Did you mean {near}?")
     arguments = CheckpointingArguments(**{f"checkpointing_{name}": flags[name] for name in names if name in flags})
     arguments.gradient_checkpointing_kwargs = {name: flags[name] for name in options if name in flags}

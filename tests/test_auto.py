@@ -248,9 +248,9 @@ def test_more_than_predicted_is_planned_anew_with_what_was_seen():
     real = step_of(size, actions(again), False, extra=0, state=STATE)
     assert actions(again) != [KEEP] * 4
     assert real.peak <= budget
-    assert "planned anew" in measured_line(choice, True)
-    assert "above the budget" in measured_line(choice, True)
-    assert "planned anew" not in measured_line(choice, False)
+    assert "planned anew" in measured_line(choice, size, True)
+    assert "above the budget" in measured_line(choice, size, True)
+    assert "planned anew" not in measured_line(choice, size, False)
 
 
 def test_less_than_predicted_is_planned_anew_too():
@@ -281,7 +281,7 @@ def test_what_is_as_predicted_stays():
     near = step_of(size, [KEEP] * 4, False, extra=-int(0.001 * choice.budget_bytes), state=STATE)
     assert not made.learn_peak(choice, near, True)
     assert made.choose(size, False) is choice
-    assert "left" in measured_line(choice, False)
+    assert "left" in measured_line(choice, size, False)
 
 
 def test_one_byte_above_the_budget_is_too_much():

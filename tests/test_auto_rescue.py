@@ -89,3 +89,34 @@ def test_a_step_that_fails_once_goes_on_with_a_leaner_plan(tmp_path):
     (found,) = trainer.memory_report()["auto"]["sizes"]
     assert found["actions"] != {"keep": 4}
     assert found["predicted_peak_bytes"] < kept["predicted_peak_bytes"]
+
+
+class Two(Real):
+    """A loss of two forwards; in the fifth step the second runs out of memory, once."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        one = super().compute_loss(model, dict(inputs), *args, **kwargs)
+        if self.state.global_step == 4 and not self.failing.failed:
+            self.failing.next = self.failing.count + 100
+        return one + super().compute_loss(model, dict(inputs), *args, **kwargs)
+
+
+def test_the_first_of_several_forwards_gets_the_leaner_plan(tmp_path):
+    def trained(failing):
+        model = llama(4, use_cache=False)
+        return train(trainer_of(tmp_path, failing, Two, model, checkpointing_mode="auto", max_steps=6))
+
+    expected = trained(_never_failing())
+    failing = Failing(first=NEVER, skip=NEVER)
+    found = trained(failing)
+    assert len(failing.failed) == 1
+    assert history(found) == history(expected)
+    kept, leaner = (trainer.memory_report()["auto"]["sizes"][0]["actions"] for trainer in (expected, found))
+    assert kept == {"keep": 4}
+    assert leaner != kept
+
+
+def _never_failing():
+    failing = Failing(first=NEVER, skip=NEVER)
+    failing.failed.append("an op of no step")
+    return failing

@@ -490,6 +490,29 @@ def test_in_a_trainer(tmp_path, counted, cls, accumulate):
     assert trainer._checkpointing.plan.count("keep") == 2
 
 
+def test_a_trainer_keeps_all_of_short_batches_from_the_first_on(tmp_path):
+    """The number of items in a batch, which it hands to the model in a tensor, is the same for all lengths."""
+    rows = [row for length in (64, 64, 16, 16, 16) for row in text_dataset(2, length)]
+
+    class InOrder(CheckpointedTrainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def train(**flags):
+        args = arguments(tmp_path, gradient_accumulation_steps=1, **flags)
+        trainer = InOrder(model=llama(4), args=args, train_dataset=rows)
+        trainer.train()
+        return trainer
+
+    roomy = train(checkpointing_mode="auto", checkpointing_budget=MUCH).memory_report()["auto"]["sizes"]
+    budget = int(0.7 * roomy[0]["predicted_peak_bytes"])
+    long, short = train(checkpointing_mode="auto", checkpointing_budget=budget).memory_report()["auto"]["sizes"]
+    assert "num_items_in_batch" in long["inputs"]
+    assert long["inputs"]["input_ids"] == [2, 64]
+    assert set(long["actions"]) != {"keep"}
+    assert short["actions"] == {"keep": 4}
+
+
 def test_a_step_in_which_flops_are_counted_is_not_measured_the_next_is(tmp_path, counted, caplog):
     def train(budget):
         counted.clear()

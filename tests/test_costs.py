@@ -21,8 +21,9 @@ ROWS = 6  # times those of the batch, so that blocks weigh more than the optimiz
 
 
 def lora(dropout=0.1):
+    # Of more layers than the others: what of a block's input is expected twice is as much in any number of them.
     config = LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return get_peft_model(llama(dropout=dropout), config).train()
+    return get_peft_model(llama(8, dropout=dropout), config).train()
 
 
 MODELS = {name: CASES[name].build for name in ("llama", "bert", "t5", "mixtral", "llava")} | {"lora": lora}

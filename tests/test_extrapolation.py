@@ -5,9 +5,10 @@ import pytest
 from ckpt_trainer.costs import Probed, Sample
 from ckpt_trainer.extrapolation import extrapolated_probes
 from ckpt_trainer.measured import BlockBytes, StepBytes
-from ckpt_trainer.plan import KEEP, RECOMPUTE, Plan
+from ckpt_trainer.plan import KEEP, RECOMPUTE, Action, Plan
 
 MIB = 2**20
+MATMUL = Action("selective", save=("matmul",))
 NAMES = ("a", "b")
 
 
@@ -16,8 +17,9 @@ def ids(rows, length):
 
 
 def levels(tokens, share, quadratic=0.0):
-    """Of an action: a constant, and so much for each token and each pair of tokens."""
-    return tuple(int(5 * MIB * part + share * part * (tokens * 8192 + quadratic * tokens**2)) for part in (1, 2, 3))
+    """Of an action: a constant, and so much for each token and each pair of them; backward holds all that can be stored."""
+    grown = tokens * 8192 + quadratic * tokens**2
+    return tuple(int(MIB * number / 8 + part * grown) for number, part in enumerate((share, share + 0.1, 1.3)))
 
 
 def step_of(tokens, quadratic=0.0, names=NAMES):
@@ -30,6 +32,7 @@ def sample_of(tokens, quadratic=0.0, **options):
     probes = {
         "a": {
             KEEP: Probed(levels(tokens, 1.0, quadratic), 3e-6 * tokens, 1e-6 * tokens),
+            MATMUL: Probed(levels(tokens, 0.5, quadratic), 3.5e-6 * tokens, 1e-6 * tokens),
             RECOMPUTE: Probed(levels(tokens, 0.1, quadratic), 4e-6 * tokens, 1e-6 * tokens),
         }
     }
@@ -112,7 +115,14 @@ def test_another_pair_is_tried_where_the_nearest_does_not_tell():
     assert extrapolated_probes(ids(2, 900), step_of(1800), known)
 
 
+def test_blocks_that_hold_more_than_they_can_store_do_not_tell():
+    known = samples(100, 400)
+    for sample in known.values():
+        sample.probes["a"][KEEP] = sample.probes["a"][MATMUL]
+    assert extrapolated_probes(ids(2, 900), step_of(1800), known) == {}
+
+
 def test_actions_that_were_not_probed_in_both_are_not_made_up():
     known = samples(100, 400)
-    del known[ids(2, 100)].probes["a"][KEEP]
+    del known[ids(2, 100)].probes["a"][MATMUL]
     assert extrapolated_probes(ids(2, 900), step_of(1800), known) == {}

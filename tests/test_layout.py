@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ckpt_trainer"
 
 FLOOR = {
     "plan": 0, "log": 0, "memory": 0, "block_state": 0, "side_channels": 0, "rebuild_rules": 0, "sites": 0, "arguments": 0,
-    "streams": 0, "extents": 0, "drawing": 0,
+    "streams": 0, "extents": 0, "drawing": 0, "modes": 0, "hooks": 0, "open_graphs": 0,
     "blocks": 1, "step_costs": 1, "flops": 1, "flag_values": 1, "flag_rules": 1, "ops": 1, "segments": 1, "host_memory": 1,
     "deepspeed_rules": 1,
     "without_weights": 0, "block_classes": 2, "roofline": 2, "spans": 3, "measured": 4, "fake_costs": 12,

@@ -1,6 +1,11 @@
 """Mode `auto` in steps that are not one forward and one backward of a whole model with one optimizer."""
 
+import copy
+import gc
 import logging
+import pickle
+import warnings as warnings_module
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +14,7 @@ from test_batch_plans import MUCH, Loop, adamw, assert_same, hooks_of, modes, pl
 from tiny_models import llama, plain_transformer
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals, is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -384,3 +390,198 @@ def test_plain_steps_are_as_in_a_loop():
     expected = plain(plain_transformer, [tokens(8, 40)] * 3)
     assert all(torch.equal(a, b) for a, b in zip(found.losses, expected.losses, strict=True))
     assert_same(expected, plain(plain_transformer, [tokens(8, 40)] * 3))
+
+
+def beside_a_checkpoint(model, count):
+    """One forward with gradients runs within the backward of another, whose graph is closed by then."""
+    scale = torch.ones((), requires_grad=True)
+    one = checkpoint(lambda scale: model(**tokens(2, 12))["loss"] * scale, scale, use_reentrant=True)
+    loss = one + model(**tokens(2, 20))["loss"]
+    loss.backward()
+    return loss
+
+
+def test_no_mode_stays_where_a_forward_runs_within_the_backward_of_another():
+    found = Steps(plain_transformer(), beside_a_checkpoint, mode="auto", budget=MUCH)
+    assert_same_training(found, Steps(plain_transformer(), beside_a_checkpoint, mode="none"))
+    assert modes() == 0
+    assert found.planner.samples() == {}
+
+
+class Output:
+    """What a model may return that nobody can take apart."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+
+class OwnOutput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = plain_transformer()
+
+    def forward(self, **batch):
+        return Output(self.inner(**batch)["loss"])
+
+
+def test_several_forwards_are_noticed_by_the_graphs_of_any_output(caplog):
+    def step(model, count):
+        loss = sum(torch.exp(model(**tokens(8, 40)).loss) for _ in range(3))
+        loss.backward()
+        return loss
+
+    full, none = (max(Steps(OwnOutput(), step, mode=each).peaks) for each in ("full", "none"))
+    budget = (full + none) // 2
+    found = Steps(OwnOutput(), step, mode="auto", budget=budget)
+    assert max(found.peaks) <= budget
+    assert any("several forwards" in text for text in warnings(caplog))
+
+
+class PartOfHead(nn.Module):
+    """The head sees only what has a label, and how much that is no size of an input tells."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = plain_transformer()
+        self.head = nn.Linear(64, 4096)
+
+    def forward(self, input_ids, labels):
+        logits = self.inner(input_ids=input_ids)["logits"]
+        chosen = labels >= 0
+        return {"loss": F.cross_entropy(self.head(logits[chosen]), labels[chosen])}
+
+
+def few_labels(model, count):
+    batch = tokens(8, 40)
+    if 0 < count < 4:
+        batch["labels"][:, 4:] = -1
+    loss = model(**batch)["loss"]
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_head_that_was_once_smaller_may_be_larger_again(share):
+    full, none = (max(Steps(PartOfHead(), few_labels, mode=each).peaks) for each in ("full", "none"))
+    budget = int(full + share * (none - full))
+    found = Steps(PartOfHead(), few_labels, mode="auto", budget=budget)
+    assert_same_training(found, Steps(PartOfHead(), few_labels, mode="none"))
+    assert max(found.peaks) <= budget
+
+
+class Growing(nn.Module):
+    """A block that stores more from some length on, beside something larger that comes and goes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+
+    def forward(self, x):
+        with torch.no_grad():
+            x.repeat(1, 1, 40).sum()
+        y = self.inner(x)
+        for _ in range(8 if x.shape[1] > 48 else 1):
+            y = torch.sin(y)
+        return x + y
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(Growing() for _ in range(6))
+        self.head = nn.Linear(32, 64)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"loss": F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())}
+
+
+def longer(model, count):
+    loss = model(**tokens(8, (16, 32, 96)[min(count // 3, 2)]))["loss"]
+    loss.backward()
+    return loss
+
+
+def test_what_a_longer_batch_stores_besides_is_seen():
+    full, none = (max(Steps(Stack(), longer, 12, mode=each).peaks) for each in ("full", "none"))
+    budget = (full + none) // 2
+    found = Steps(Stack(), longer, 12, mode="auto", budget=budget)
+    assert_same_training(found, Steps(Stack(), longer, 12, mode="none"))
+    assert max(found.peaks) <= budget
+
+
+def test_optimizers_that_are_gone_are_not_held():
+    model = plain_transformer()
+    with checkpointing(model, mode="auto", budget=MUCH) as state:
+        for _ in range(3):
+            optimizer = adamw(model.parameters())
+            held = weakref.ref(optimizer)
+            for _ in range(2):
+                one_step(model, 0)
+                optimizer.step()
+                optimizer.zero_grad()
+            del optimizer
+            gc.collect()
+            assert held() is None
+        assert state._batches._optimizers.state_bytes == 0
+
+
+def test_flags_of_torch_are_as_they_were_after_modes_that_did_not_end_in_turn():
+    Steps(plain_transformer(), Counted("forward"), mode="auto", budget=MUCH)
+    assert not is_in_torch_dispatch_mode()
+    assert not is_in_torch_dispatch_mode(include_infra_modes=False)
+    assert not is_in_any_mode_without_ignore_compile_internals()
+
+
+def test_a_model_can_be_copied_and_saved_between_steps(tmp_path):
+    """As for a moving average of weights, or a snapshot, in a loop of one's own."""
+    model = plain_transformer()
+    optimizer = adamw(model.parameters())
+    with checkpointing(model, mode="auto", budget=MUCH) as state:
+        for number in range(3):
+            loss = one_step(model, 0)
+            result = model(**tokens(2, 12))["logits"]
+            with warnings_module.catch_warnings():
+                warnings_module.simplefilter("error")
+                torch.save(result.detach(), tmp_path / "logits.pt")
+            optimizer.step()
+            optimizer.zero_grad()
+            made = copy.deepcopy(model)
+            for copied in (made, pickle.loads(pickle.dumps(model))):
+                torch.manual_seed(number)
+                expected = copied(**tokens(2, 12))["loss"]
+                expected.backward()
+                assert all(p.grad is not None for p in copied.parameters())
+        assert state._batches.planner.samples()
+    assert torch.isfinite(loss)
+
+
+def view_of_something_changed(model, count):
+    loss = model(**tokens(2, 12))["loss"]
+    loss.backward()
+    return loss
+
+
+class WithView(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = plain_transformer()
+
+    def forward(self, **batch):
+        out = self.inner(**batch)
+        base = out["logits"] * 1
+        parts = base.unbind(0)
+        with torch.no_grad():
+            base.mul_(2)
+        return {**out, "part": parts[0]}
+
+
+def test_a_view_without_a_graph_that_could_be_asked_for_is_no_obstacle():
+    found = Steps(WithView(), view_of_something_changed, mode="auto", budget=MUCH)
+    assert_same_training(found, Steps(WithView(), view_of_something_changed, mode="none"))
+    assert found.state.plan.count("keep") == 4

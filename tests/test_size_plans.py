@@ -57,6 +57,14 @@ def test_the_same_run_makes_the_same_plans(tmp_path):
     assert plans[0] == plans[1]
 
 
+def test_the_plan_of_another_run_does_not_stay_beside_other_weights(tmp_path):
+    trained(tmp_path)
+    path = tmp_path / "out" / f"checkpoint-{STEPS}" / "checkpointing_plan.json"
+    assert path.exists()
+    trained(tmp_path, checkpointing_mode="full")
+    assert not path.exists()
+
+
 def plan_of_sizes(names):
     small = SizePlan((("input_ids", (2, 8)),), False, dict.fromkeys(names, KEEP))
     large = SizePlan((("input_ids", (2, 16)),), False, {name: KEEP if i else RECOMPUTE for i, name in enumerate(names)})
