@@ -157,7 +157,7 @@ class BatchPlans:
                 "auto: a step ran without a call of the model itself (of a part of it, or under no_grad), so that no plan "
                 "was chosen for it. From such steps on, blocks store their inputs only until the model is called.",
             )
-        self._said_other_way, self.current = True, None
+        self._said_other_way, self.current, self._chosen = True, None, None
         self._put_on(self.planner.leanest)
 
     def release(self) -> None:
