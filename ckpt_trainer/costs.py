@@ -226,9 +226,6 @@ def between(low: StepCosts | None, high: StepCosts, share: float) -> StepCosts:
     made: dict[tuple[int, int, int], tuple[Option, ...]] = {}
     lows = {block.name: block for block in low.blocks} if low is not None else {}
 
-    def mix(least: int, most: int) -> int:
-        return least + round(share * (most - least))
-
     def mixed(block: BlockCost) -> BlockCost:
         under = lows.get(block.name)
         own = under.options if under is not None and len(under.options) == len(block.options) else ()
@@ -243,12 +240,16 @@ def between(low: StepCosts | None, high: StepCosts, share: float) -> StepCosts:
     return replace(
         high,
         blocks=tuple(mixed(block) for block in high.blocks),
-        before_bytes=mix(least.before_bytes, high.before_bytes),
-        head_forward_bytes=mix(least.head_forward_bytes, high.head_forward_bytes),
-        head_backward_bytes=mix(least.head_backward_bytes, high.head_backward_bytes),
-        before_backward_bytes=mix(least.before_backward_bytes, high.before_backward_bytes),
-        staging_bytes=mix(least.staging_bytes, high.staging_bytes),
+        before_bytes=_mix(least.before_bytes, high.before_bytes, share),
+        head_forward_bytes=_mix(least.head_forward_bytes, high.head_forward_bytes, share),
+        head_backward_bytes=_mix(least.head_backward_bytes, high.head_backward_bytes, share),
+        before_backward_bytes=_mix(least.before_backward_bytes, high.before_backward_bytes, share),
+        staging_bytes=_mix(least.staging_bytes, high.staging_bytes, share),
     )
+
+
+def _mix(least: int, most: int, share: float) -> int:
+    return least + round(share * (most - least))
 
 
 def _mixed(high: Option, low: Option | None, block: BlockCost, share: float) -> Option:
@@ -257,15 +258,12 @@ def _mixed(high: Option, low: Option | None, block: BlockCost, share: float) -> 
         high, stored_bytes=0, forward_bytes=0, backward_bytes=gradients, host_bytes=0, link_bytes=0, seconds=0.0
     )
 
-    def mix(least: int, most: int) -> int:
-        return least + round(share * (most - least))
-
     return replace(
         high,
-        stored_bytes=mix(low.stored_bytes, high.stored_bytes),
-        forward_bytes=mix(low.forward_bytes, high.forward_bytes),
-        backward_bytes=mix(low.backward_bytes, high.backward_bytes),
+        stored_bytes=_mix(low.stored_bytes, high.stored_bytes, share),
+        forward_bytes=_mix(low.forward_bytes, high.forward_bytes, share),
+        backward_bytes=_mix(low.backward_bytes, high.backward_bytes, share),
         seconds=low.seconds + share * (high.seconds - low.seconds),
-        host_bytes=mix(low.host_bytes, high.host_bytes),
-        link_bytes=mix(low.link_bytes, high.link_bytes),
+        host_bytes=_mix(low.host_bytes, high.host_bytes, share),
+        link_bytes=_mix(low.link_bytes, high.link_bytes, share),
     )
