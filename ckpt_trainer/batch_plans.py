@@ -335,7 +335,7 @@ class BatchPlans:
         sample = Sample(self.planner.leanest, step, self._kinds, probes, bare, there)
         self.planner.learn(watch.size, sample)
         watch.choice.measured_bytes = step.peak
-        if step.peak > self.planner.budget():
+        if step.peak > self.planner.budget() and watch.choice.least is None:  # of which there is a line
             self._tell(logging.WARNING, auto_lines.above_line(watch.size, step.peak, self.planner.budget()))
 
     def _probe_all(self, watch: _Watch) -> Mapping[str, Mapping[Action, Probed]]:

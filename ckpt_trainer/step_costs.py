@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckpt_trainer.memory import format_bytes
 from ckpt_trainer.plan import Action
 
 # Where the peak of a step can be, and what lowers it there.
@@ -182,10 +181,14 @@ class BudgetTooSmall(ValueError):
     def __init__(self, budget_bytes: int, least: Peak) -> None:
         self.budget_bytes, self.least = budget_bytes, least
         super().__init__(
-            f"a budget of {format_bytes(budget_bytes)} was asked for. The leanest plan needs "
-            f"{format_bytes(least.bytes)}, and its peak is in: {least.where}. "
+            f"a budget of {_size(budget_bytes)} was asked for. The leanest plan needs {_size(least.bytes)}, and its peak "
+            f"is in: {least.where}. "
             f"What lowers it there: {PHASES[least.phase]}."
         )
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.3f} GiB" if n >= 2**30 else f"{n / 2**20:.3f} MiB"
 
 
 def peak_of(costs: StepCosts, chosen: Sequence[Option]) -> Peak:

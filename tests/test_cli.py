@@ -58,7 +58,7 @@ def test_the_table(config, capsys):
 def test_nothing_fits(config, capsys):
     assert cli.main(["estimate", config, "--seq", "64", "--modes", "none,full,auto", "--budget", "1MiB"]) == 1
     out = capsys.readouterr().out
-    assert "Nothing fits: a budget of 1.00 MiB was asked for. The leanest plan needs" in out
+    assert "Nothing fits: a budget of 1.000 MiB was asked for. The leanest plan needs" in out
     assert "a smaller micro-batch" in out
 
 

@@ -442,8 +442,10 @@ def test_auto_says_its_budget_and_the_plan_of_each_size(tmp_path, caplog):
     trained(tmp_path)
     budget, start, plan = [record.getMessage() for record in caplog.records if record.name == "ckpt_trainer"]
     assert budget.startswith("auto: budget ")
-    assert start.startswith("mode auto: 4/4 text blocks recomputed; non-reentrant; use_cache off while training")
-    assert plan.startswith("auto, input_ids 4x12: 4 keep; predicted peak ")
+    assert start.startswith(
+        "mode auto, at first: 4/4 text blocks recomputed; non-reentrant; use_cache off while training"
+    )
+    assert plan.startswith("auto, up to input_ids 4x12: 4 keep; predicted peak ")
 
 
 class NoBlocks(nn.Module):
