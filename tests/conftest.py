@@ -1,5 +1,6 @@
 """One thread for each process: the models are so small that more cost time. And no test sees another's environment."""
 
+import logging
 import os
 
 import pytest
@@ -18,3 +19,12 @@ def _environment():
     for name in [name for name in os.environ if name.startswith(_OF_ACCELERATE)]:
         del os.environ[name]
     os.environ.update({name: value for name, value in before.items() if name.startswith(_OF_ACCELERATE)})
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """Tests that train much set the level of our logger."""
+    logger = logging.getLogger("ckpt_trainer")
+    before = logger.level
+    yield
+    logger.setLevel(before)
